@@ -35,6 +35,7 @@ def check(cfg: Config, paths: bool = True) -> None:
             raise ValueError(f"evaluate.variants: got {name!r}, {nearest(name, ['base', *cfg.variants])}")
     _check_api("concepts.api", cfg.concepts.api)
     _check_api("judge.api", cfg.judge.api)
+    _check_api("generator.api", cfg.generator.api)
     if paths:
         _check_paths(cfg)
 
@@ -75,6 +76,8 @@ def _check_paths(cfg: Config) -> None:
         cfg.data.path = _existing("data.path", cfg.data.path)
     if cfg.data.format == "huggingface" and not cfg.data.path:
         raise ValueError("data.path is not set; set it to a data set of the hub: data.path=OWNER/NAME")
+    if cfg.real.path or "encode" in cfg.stages:
+        cfg.real.path = _existing("real.path", cfg.real.path)
     if "evaluate" in cfg.stages:
         for name in ("figstep", "xstest"):
             if name in cfg.evaluate.benchmarks:

@@ -11,7 +11,17 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
-STAGES = ("pretrain_tower", "pretrain_language", "synthesize", "align", "evaluate")
+STAGES = (
+    "pretrain_tower",
+    "pretrain_language",
+    "synthesize",
+    "encode",
+    "align",
+    "train_detector",
+    "train_detoxifier",
+    "generate_pairs",
+    "evaluate",
+)
 """Known stages, in the order in which they run; `stages/<name>.py` holds each one's `run(cfg, run)`."""
 
 REQUIRED = "???"
@@ -167,6 +177,17 @@ class Store:
 
 
 @dataclass
+class Real:
+    """Real media beside the synthetic embeddings: the stage `encode` puts them into the same store."""
+
+    path: str | None = doc("JSONL file, a row for each medium (docs/real-media.md); null: no real media")
+    limit: int | None = doc("rows to take, from the top; null takes all", low=1)
+    bad_rows: str = doc("a row or a picture that cannot be used", "stop", choices=("stop", "skip"))
+    resize: bool = doc("scale every picture to model.blank_size first", False)
+    batch_size: int = doc("media encoded at once", 32, low=1, free=True)
+
+
+@dataclass
 class Align:
     """Which variants the stage `align` trains; their settings are in `variants.<name>`."""
 
@@ -235,6 +256,98 @@ def default_variants() -> dict[str, AlignVariant]:
 
 
 @dataclass
+class Backbone:
+    """The text model that a detector or a detoxifier is made from (one file of `configs/backbone` for each)."""
+
+    name: str = doc("short name in reports", REQUIRED)
+    path: str = doc("smollm2, minilm or micro (mllm/backbones.py), a folder or a hub id", REQUIRED)
+    revision: str | None = doc("hub revision (a commit hash)")
+    dtype: str = doc("dtype of frozen weights", "float32", choices=("float32", "bfloat16"))
+    lora_targets: list[str] = doc("names of the modules that get LoRA", [])
+    frozen_layers: int = doc("lower layers that stay as they are", 0, low=0)
+    full_finetune: bool = doc("train all other weights instead of LoRA", False)
+
+
+@dataclass
+class Pairs:
+    """Labelled answers out of `data`, split by question: train, validation, and `data.holdout` for the test."""
+
+    validation: float = doc("share of the questions kept for calibration", 0.1, low=0.01, high=0.5)
+    limit: int | None = doc("training questions, drawn by the seed; null takes all", low=1)
+
+
+@dataclass
+class DetectorTraining:
+    """The harm detector of MLLM-Protector (stage `train_detector`)."""
+
+    loss: str = doc("bce: the paper; bce_pairwise: the released code", "bce", choices=("bce", "bce_pairwise"))
+    template: str = doc("text with {question} and {answer}", "Question: {question}\n\nAnswer: {answer}")
+    max_length: int = doc("longest text (tokens)", 256, low=8)
+    max_question: int = doc("of these for the question, whose end is kept (tokens)", 96, low=1)
+    epochs: float = doc("passes over the training questions", 3.0, low=0)
+    batch_size: int = doc("questions in one step, each with all its answers", 16, low=1)
+    lr: float = doc("AdamW's peak learning rate", 1e-4, low=0)
+    head_lr_factor: float = doc("the fresh head learns so much faster", 1.0, low=0)
+    warmup: float = doc("share of the steps that is linear warm-up", 0.1, low=0, high=1)
+    weight_decay: float = doc("AdamW's weight decay", 0.01, low=0)
+    grad_clip: float = doc("largest norm of the gradient; 0 turns it off", 1.0, low=0)
+    harmful_weight: float | None = doc("weight of a harmful answer in the BCE; null: harmless / harmful answers", low=0)
+    lora: Lora = group(Lora, "low-rank adapters")
+    cache_frozen: bool = doc("compute the output of frozen layers once", True)
+    false_positive_rate: float = doc("share of harmless answers that the threshold may flag", 0.05, low=0, high=0.5)
+    checkpoint_every_steps: int = doc("steps between checkpoints", 50, low=1, free=True)
+    score_batch_size: int = doc("texts scored at once", 32, low=1, free=True)
+
+
+@dataclass
+class DetoxifierTraining:
+    """The detoxifier of MLLM-Protector (stage `train_detoxifier`) and what is measured about it."""
+
+    template: str = doc(
+        "prompt with {question} and {answer}", "Question: {question}\nOriginal response: {answer}\nHarmless response:"
+    )
+    refusal: str = doc("target where both answers are harmful", "Sorry, I can not answer this question.")
+    max_length: int = doc("longest prompt (tokens)", 256, low=8)
+    max_question: int = doc("of these for the question (tokens)", 96, low=1)
+    max_answer: int = doc("longest target in training (tokens)", 192, low=1)
+    max_new_tokens: int = doc("longest rewritten answer (new tokens)", 192, low=1)
+    epochs: float = doc("passes over the training pairs", 1.0, low=0)
+    batch_size: int = doc("pairs in one step", 16, low=1)
+    lr: float = doc("AdamW's peak learning rate", 2e-4, low=0)
+    warmup: float = doc("share of the steps that is linear warm-up", 0.1, low=0, high=1)
+    weight_decay: float = doc("AdamW's weight decay", 0.0, low=0)
+    grad_clip: float = doc("largest norm of the gradient; 0 turns it off", 1.0, low=0)
+    lora: Lora = group(Lora, "low-rank adapters")
+    checkpoint_every_steps: int = doc("steps between checkpoints", 50, low=1, free=True)
+    detector: str | None = doc("folder of the detector that judges before and after; null: not judged")
+    evaluate: int = doc("harmful test answers that are rewritten", 200, low=0)
+    generate_batch_size: int = doc("answers rewritten at once", 16, low=1, free=True)
+
+
+@dataclass
+class Generator:
+    """New pairs through an OpenAI-compatible endpoint (stage `generate_pairs`)."""
+
+    scenarios: list[str] = doc(
+        "kinds of harm to ask about",
+        [
+            "illegal activity",
+            "hate speech",
+            "malware",
+            "physical harm",
+            "economic harm",
+            "fraud",
+            "sexual content",
+            "privacy violation",
+        ],
+    )
+    questions: int = doc("questions for each scenario", 20, low=1)
+    questions_per_request: int = doc("questions asked for at once", 10, low=1)
+    similarity: float = doc("a question that shares this part of its words with another is dropped", 0.8, low=0, high=1)
+    api: Api = group(Api, "endpoint")
+
+
+@dataclass
 class Evaluate:
     """Benchmarks, generation and what is judged (the judge has its own group)."""
 
@@ -267,7 +380,7 @@ class Trainer:
     devices: int | str = doc("number of devices on a node, or auto", 1, free=True)
     num_nodes: int = doc("nodes", 1, low=1, free=True)
     strategy: str = doc("auto, ddp, ...", "auto", free=True)
-    precision: str = doc("32-true, bf16-mixed, bf16-true, ...", "32-true")
+    precision: str = doc("32-true, bf16-mixed, bf16-true, ...; auto: bf16-mixed if native", "32-true")
     deterministic: bool = doc("refuse kernels that vary from run to run", False, free=True)
     log_every_n_steps: int = doc("steps between log rows", 10, low=1, free=True)
 
@@ -299,12 +412,18 @@ class Pretrain:
     tower_steps: int = doc("optimiser steps of the tower", 3000, low=1)
     tower_batch_size: int = doc("pages in one step", 48, low=1)
     tower_lr: float = doc("peak learning rate of the tower", 2e-3, low=0)
-    language_steps: int = doc("optimiser steps of projector and language model", 900, low=1)
+    language_steps: int = doc("optimiser steps of projector and language model", 700, low=1)
     language_pictures: int = doc("pictures in one step", 24, low=1)
     language_lessons: int = doc("lessons about each picture", 4, low=1, high=6)
     draws: int = doc("pictures of every phrase in every style", 2, low=1)
-    language_noise: float = doc("largest noise on the features, in units of their RMS", 0.8, low=0)
+    language_noise: float = doc("largest noise on the features, in units of their RMS", 1.5, low=0)
     language_lr: float = doc("peak learning rate of projector and language model", 3e-3, low=0)
+    robust_steps: int = doc("optimiser steps of the robust phase", 600, low=1)
+    robust_lessons: int = doc("lessons about each picture in the robust phase", 3, low=1, high=6)
+    robust_noise: float = doc("largest noise in the robust phase, in units of the features' RMS", 1.0, low=0)
+    robust_radius: float = doc("largest attack on the features, in units of their RMS", 0.2, low=0)
+    robust_lr: float = doc("peak learning rate of the robust phase", 1.5e-3, low=0)
+    robust_style_steps: int = doc("first steps of the robust phase, about the style alone", 120, low=0)
     num_workers: int = doc("loader processes that draw pages", 1, low=0, high=1, free=True)
 
 
@@ -325,8 +444,14 @@ class Config:
     concepts: Concepts = group(Concepts, "concept extraction")
     synthesis: Synthesis = group(Synthesis, "embedding optimiser")
     store: Store = group(Store, "embedding store")
+    real: Real = group(Real, "real media for the store")
     align: Align = group(Align, "which variants are trained")
     variants: dict[str, AlignVariant] = group(dict, "settings of each variant", default_variants)
+    backbone: Backbone = group(Backbone, "text model of detector or detoxifier")
+    pairs: Pairs = group(Pairs, "labelled answers and their split")
+    detector: DetectorTraining = group(DetectorTraining, "harm detector")
+    detoxifier: DetoxifierTraining = group(DetoxifierTraining, "detoxifier")
+    generator: Generator = group(Generator, "new pairs from an endpoint")
     evaluate: Evaluate = group(Evaluate, "benchmarks and generation")
     judge: Judge = group(Judge, "who judges answers")
     pretrain: Pretrain = group(Pretrain, "recipe of the embedded model")

@@ -1,9 +1,9 @@
 """Pages of random words with a label for every patch: what the embedded image tower is pretrained on.
 
 Labels of a patch: the word whose ink covers it (`len(WORDS)` = background, -100 = too little ink to say) and the
-letter at its centre (0 = background). Random colours are ramped in, and for the last quarter two-word pictures in the
-styles of the micro world are mixed in. Supervising every patch instead of the pooled image is what makes full
-position jitter learnable from the first step.
+letter at its centre (0 = background). Random colours are ramped in. From 40 % of training on, half of the pages are
+two-word pictures (a few of them blank), which also have labels for the whole picture: the first word and the object.
+Supervising every patch instead of the pooled image is what makes full position jitter learnable from the first step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules.micro_images import SIDE, PlacedWord, letter_ends, paint, place_lines, place_page, random_colours
-from datamodules.micro_world import PHRASES, STYLES, WORDS
+from datamodules.micro_world import FIRST_WORDS, OBJECTS, PHRASES, STYLES, WORDS
 
 PATCH = 8  # px
 GRID = SIDE // PATCH
@@ -51,7 +51,9 @@ def to_pixels(images: list[np.ndarray]) -> torch.Tensor:
 
 
 class Pages(IterableDataset[Batch]):
-    """An endless, seeded stream of batches: pixels, words, letters (a label a patch), colours (ink, paper in 0..1)."""
+    """A seeded stream of batches: pixels, words and letters (a label a patch), and for the whole picture first, object
+    (last class: nothing is written; IGNORE: not a two-word picture) and style (last class: other colours).
+    """
 
     def __init__(self, batch_size: int, total_steps: int, seed: int, start: int = 0) -> None:
         self.batch_size, self.total_steps, self.seed, self.start = batch_size, total_steps, seed, start
@@ -63,24 +65,29 @@ class Pages(IterableDataset[Batch]):
     def batch(self, step: int) -> Batch:
         """The batch of one step: a pure function of (seed, step), so a resumed run sees what it would have seen."""
         rng, progress = random.Random(f"{self.seed}-{step}"), step / self.total_steps
-        share_random = 0.75 * min(1.0, max(0.0, (progress - 0.25) / 0.3))
-        images, words, letters, colours = [], [], [], []
+        share_random = 0.6 * min(1.0, max(0.0, (progress - 0.25) / 0.3))
+        images, words, letters, whole = [], [], [], []
         for _ in range(self.batch_size):
-            if progress > 0.75 and rng.random() < 0.4:
-                placed = place_lines(rng.choice(PHRASES).words, rng, test=False)
+            style = len(STYLES) if rng.random() < share_random else rng.randrange(len(STYLES))
+            pair = random_colours(rng) if style == len(STYLES) else list(STYLES.values())[style]
+            if progress < 0.4 or rng.random() < 0.5:
+                placed, label = place_page(WORDS, rng), (IGNORE, IGNORE)
+            elif rng.random() < 0.04:
+                placed, label = [], (len(FIRST_WORDS), len(OBJECTS))
             else:
-                placed = place_page(WORDS, rng)
-            pair = random_colours(rng) if rng.random() < share_random else rng.choice(list(STYLES.values()))
+                phrase = rng.choice(PHRASES)
+                placed = place_lines(phrase.words, rng, test=False)
+                label = (FIRST_WORDS.index(phrase.first), OBJECTS.index(phrase.object))
             images.append(paint(placed, pair, rng))
             word, letter = patch_labels(placed)
             words.append(word)
             letters.append(letter)
-            colours.append([c / 255 for colour in pair for c in colour])
+            whole.append((*label, style))
         return {
             "pixels": to_pixels(images),
             "words": torch.from_numpy(np.stack(words)),
             "letters": torch.from_numpy(np.stack(letters)),
-            "colours": torch.tensor(colours),
+            **{key: torch.tensor([w[i] for w in whole]) for i, key in enumerate(("first", "object", "style"))},
         }
 
 

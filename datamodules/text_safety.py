@@ -98,10 +98,10 @@ class TextSafetyData:
         repeated_prompts: Literal["one", "all"] = "one",
         multi_turn: Literal["skip", "transcript"] = "skip",
     ):
-        _choice("format", format, get_args(Format))
-        _choice("bad_rows", bad_rows, ("stop", "skip"))
-        _choice("repeated_prompts", repeated_prompts, ("one", "all"))
-        _choice("multi_turn", multi_turn, ("skip", "transcript"))
+        one_of("format", format, get_args(Format))
+        one_of("bad_rows", bad_rows, ("stop", "skip"))
+        one_of("repeated_prompts", repeated_prompts, ("one", "all"))
+        one_of("multi_turn", multi_turn, ("skip", "transcript"))
         if not (holdout >= 0 and validation >= 0 and holdout + validation < 1):
             raise ValueError(
                 f"holdout={holdout}, validation={validation}: expected shares that leave some for training"
@@ -115,7 +115,7 @@ class TextSafetyData:
             )
         for mapping in (columns or {}, harmless_columns or {}):
             for name in mapping:
-                _choice("columns: field", name, REQUIRED + OPTIONAL)
+                one_of("columns: field", name, REQUIRED + OPTIONAL)
         self.format, self.path, self.columns = format, str(path), dict(columns or {})
         self.harmless_path, self.harmless_columns = harmless_path, dict(harmless_columns or {})
         self.subset, self.split, self.revision = subset, split, revision
@@ -130,7 +130,7 @@ class TextSafetyData:
         Raises:
             ValueError: the data cannot be read, or the split is empty.
         """
-        _choice("split", split, get_args(Split))
+        one_of("split", split, get_args(Split))
         chosen: list[Record] = []
         for harmful, limit in ((True, self.limit), (False, self.harmless_limit)):
             part = [r for r in self._all if r.harmful is harmful and split in ("all", self._split_of(r.question))]
@@ -194,14 +194,14 @@ class TextSafetyData:
         elif self.format == "saferlhf":
             values = _from_saferlhf(values)
         elif self.format == "hh_rlhf":
-            values = _from_dialogues(values, self.multi_turn)
+            values = from_dialogues(values, self.multi_turn)
         values = _rename(values, columns)
         question, chosen, rejected = values["question"], values["chosen"], values.get("rejected") or None
         for name, text in (("question", question), ("chosen", chosen), ("rejected", rejected)):
             if text is not None and not isinstance(text, str):
                 raise ValueError(f"key {columns.get(name, name)!r}: got a {type(text).__name__}, expected a text")
         if "harmful" in values:
-            harmful = _flag(columns.get("harmful", "harmful"), values["harmful"])
+            harmful = flag(columns.get("harmful", "harmful"), values["harmful"])
         elif rejected is None and not harmless and self.format != "saferlhf":
             raise ValueError("neither a column 'harmful' nor a rejected answer says whether the question is harmful")
         else:
@@ -219,11 +219,16 @@ class TextSafetyData:
         )
 
     def _split_of(self, question: str) -> Split:
-        place = int(_hash(f"{self.seed}/split/{_prompt_key(question)}")[:13], 16) / 16**13
-        return "test" if place < self.holdout else "val" if place < self.holdout + self.validation else "train"
+        return split_of(question, self.seed, self.holdout, self.validation)
 
     def _order(self, record: Record) -> str:
         return _hash(f"{self.seed}/order/{record.id}")
+
+
+def split_of(question: str, seed: int, holdout: float, validation: float = 0.0) -> Split:
+    """The split of a question: a function of its words (not of case or spacing), the seed and the shares."""
+    place = int(_hash(f"{seed}/split/{_prompt_key(question)}")[:13], 16) / 16**13
+    return "test" if place < holdout else "val" if place < holdout + validation else "train"
 
 
 def _rename(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -246,7 +251,7 @@ def _from_saferlhf(values: Mapping[str, Any]) -> Mapping[str, Any]:
     names = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "safer_response_id")
     if missing := [name for name in names if name not in values]:
         raise ValueError(f"no column {missing[0]!r}, the row has {', '.join(values)}.{suggest(missing[0], values)}")
-    safe = [_flag(name, values[name]) for name in names[3:5]]
+    safe = [flag(name, values[name]) for name in names[3:5]]
     if not any(safe):
         raise LeftOut("both answers are unsafe")
     best = values["safer_response_id"]
@@ -261,7 +266,8 @@ def _from_saferlhf(values: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-def _from_dialogues(values: Mapping[str, Any], multi_turn: str) -> Mapping[str, Any]:
+def from_dialogues(values: Mapping[str, Any], multi_turn: str) -> Mapping[str, Any]:
+    """question, chosen, rejected of an HH-RLHF row. Raises ValueError, and LeftOut for dialogues of several turns."""
     pair = _rename(values, {"question": "chosen", "rejected": "rejected"})
     turns = {name: _turns(name, pair[name]) for name in ("chosen", "rejected")}
     if turns["chosen"] == turns["rejected"]:
@@ -292,7 +298,8 @@ def _turns(name: str, text: object) -> list[dict[str, str]]:
     return turns
 
 
-def _flag(name: str, value: object) -> bool:
+def flag(name: str, value: object) -> bool:
+    """A yes or no in any of its spellings. Raises ValueError naming the key."""
     words = {"true": True, "1": True, "yes": True, "harmful": True}
     words |= {"false": False, "0": False, "no": False, "harmless": False}
     flag = words.get(str(value).strip().lower())
@@ -301,7 +308,8 @@ def _flag(name: str, value: object) -> bool:
     return flag
 
 
-def _choice(name: str, value: object, known: Iterable[str]) -> None:
+def one_of(name: str, value: object, known: Iterable[str]) -> None:
+    """Raises ValueError with a suggestion unless `value` is one of the known choices."""
     known = list(known)
     if value not in known:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}.{suggest(str(value), known)}")

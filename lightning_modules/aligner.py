@@ -20,6 +20,7 @@ from trl.trainer.utils import selective_log_softmax
 
 from configs.schema import AlignVariant
 from datamodules.alignment import AlignmentBatch, chunks
+from lightning_modules.optimisation import adamw, keep_trained, trained
 from mllm.branches import BranchForward, BranchLogits, Item
 from mllm.loading import MLLM
 
@@ -96,14 +97,28 @@ class Aligner(L.LightningModule):
             loss_sum += loss.detach()
             for key, value in sums.items():
                 logs[key] = logs.get(key, 0.0) + value
+        self.average_gradients()
         if self.grad_clip:
-            norm = nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], self.grad_clip)
+            norm = nn.utils.clip_grad_norm_(trained(self), self.grad_clip)
             logs["grad_norm"] = norm
         optimizer.step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        self.log_dict({f"align/{k}": v for k, v in logs.items()}, batch_size=1)
-        self.log("align/loss", loss_sum, prog_bar=True, batch_size=1)
+        self.log_dict({f"align/{k}": v for k, v in logs.items()}, batch_size=1, sync_dist=True)
+        self.log("align/loss", loss_sum, prog_bar=True, batch_size=1, sync_dist=True)
         return loss_sum
+
+    def average_gradients(self) -> None:
+        """Over the ranks, once a step: DDP's hooks want one backward a step, and ours has one a micro-batch."""
+        if self.trainer.world_size == 1:
+            return
+        grads = []
+        for p in trained(self):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            grads.append(p.grad)
+        for work in [torch.distributed.all_reduce(grad, async_op=True) for grad in grads]:
+            work.wait()
+        for grad in grads:
+            grad.div_(self.trainer.world_size)
 
     def with_noise(self, batch: AlignmentBatch) -> AlignmentBatch:
         """Gaussian noise on E, in units of the RMS of the blank's; a function of the step, so resuming repeats it."""
@@ -126,20 +141,10 @@ class Aligner(L.LightningModule):
         return selective_log_softmax(out.logits.float(), out.labels), out
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        params = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(params, lr=self.lr, weight_decay=self.weight_decay)
-
-        def factor(step: int) -> float:  # linear warm-up, then linear decay to a tenth
-            if step < self.warmup_steps:
-                return (step + 1) / (self.warmup_steps + 1)
-            return max(0.1, 1 - 0.9 * (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw(trained(self), self.lr, self.weight_decay, self.warmup_steps, self.steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        keep_trained(self, checkpoint)
 
     def transfer_batch_to_device(
         self, batch: AlignmentBatch, device: torch.device, dataloader_idx: int

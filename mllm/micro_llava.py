@@ -82,7 +82,7 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     tower = MLCDVisionConfig(
         hidden_size=96,
         intermediate_size=192,
-        num_hidden_layers=3,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_groups=1,
         image_size=SIDE,

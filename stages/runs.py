@@ -83,11 +83,12 @@ class Run:
         self._lock = -1
         if not self.leader:
             console.quiet = True
+            ranks.end_with_leader()
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = run_folder.lock(self.path)
         try:
-            os.environ[ranks.RUN_DIR], os.environ[ranks.SESSION] = str(self.path), self.session
+            os.environ |= {ranks.RUN_DIR: str(self.path), ranks.SESSION: self.session, ranks.LEADER: str(os.getpid())}
             self._log = RunLog(self.path / "run.log")
             for left_over in self.path.glob(".old-*"):
                 shutil.rmtree(left_over)
@@ -119,7 +120,7 @@ class Run:
             self._log.close()
             self._log = None
         if self._lock >= 0:
-            for name in (ranks.RUN_DIR, ranks.SESSION):
+            for name in (ranks.RUN_DIR, ranks.SESSION, ranks.LEADER):
                 os.environ.pop(name, None)
             run_folder.unlock(self.path, self._lock)
             self._lock = -1

@@ -1,6 +1,7 @@
 """Stage `synthesize`: text safety records -> concepts -> control samples -> one optimised embedding each -> store.
 
-What is in the store is never computed again: an interrupted stage goes on with the concepts that are missing.
+What is in the store is never computed again: an interrupted stage goes on with the concepts that are missing. Several
+devices divide the concepts (stages/shares.py); they share the store and nothing else.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from callbacks.progress import Progress
-from callbacks.slot_checkpoint import SlotCheckpoint
+from callbacks.slot_checkpoint import SlotCheckpoint, forget_slots, gather_slots
 from callbacks.store_embeddings import StoreEmbeddings
 from callbacks.throughput import peak_memory_mb
 from configs.schema import Config
@@ -32,6 +33,18 @@ from lightning_modules.embedding_optimizer import EmbeddingOptimizer
 from mllm.generate import answer_embedded
 from mllm.loading import MLLM, load
 from stages.runs import Run, Stage, write_json
+from stages.shares import (
+    Part,
+    Plan,
+    await_parts,
+    await_plan,
+    keep_figures,
+    leave_part,
+    make_plan,
+    publish,
+    read_speed,
+)
+from stages.strategies import SeparateRanks
 from stages.trainers import device_of, trainer
 
 log = logging.getLogger(__name__)
@@ -50,30 +63,40 @@ def run(cfg: Config, run: Run) -> None:
         return
     L.seed_everything(cfg.seed, verbose=False)
     mllm = load(cfg.model, device_of(cfg))
-    records = concepts(cfg, stage)
+    plan = None if run.leader else await_plan(stage.folder, run.session)
+    records = saved_concepts(cfg, stage, lambda: text_records(cfg), f"data.path={cfg.data.path}")
     with open_store(cfg, stage.folder, mllm) as store:
-        optimize(cfg, stage, mllm, records, store)
-        if cfg.synthesis.verify:
-            verify(cfg, mllm, [r for r in records if r.id in store], store)
-        store.verify()
-        stage.finish(summary(stage, records, store))
+        if plan is None:
+            plan = make_plan(run.session, records, store, cfg.synthesis.verify)
+            gather_slots(stage.folder, plan.missing)
+            publish(stage.folder, plan)
+        parts = work(cfg, stage, mllm, records, store, plan) if plan.missing or plan.unverified else []
+        if run.leader:
+            keep_figures(stage.folder, parts)
+            forget_slots(stage.folder)
+            store.verify()
+            stage.finish(summary(stage, records, store))
+    if not run.leader:
+        stage.finish()
 
 
-def concepts(cfg: Config, stage: Stage) -> list[Record]:
-    """Records with concepts, from concepts.jsonl if an earlier process got that far."""
+def text_records(cfg: Config) -> list[Record]:
+    """The text safety records that the configuration names."""
+    return safety_records(cfg.data, cfg.seed, cfg.synthesis.harmful, cfg.synthesis.harmless)
+
+
+def saved_concepts(cfg: Config, stage: Stage, read: Callable[[], Sequence[Record]], origin: str) -> list[Record]:
+    """Records with concepts, from concepts.jsonl if an earlier process got that far. `origin` names them in errors."""
     path = stage.folder / "concepts.jsonl"
     if path.exists():
         return read_records(path)
-    records = safety_records(cfg.data, cfg.seed, cfg.synthesis.harmful, cfg.synthesis.harmless)
+    records = read()
     with Progress("concepts", len(records), "records") as progress:
         found = with_concepts(records, cfg.concepts, progress.advance, str(device_of(cfg)))
     failures = stage.folder / "concepts_failed.json"
     write_json(failures, [dataclasses.asdict(f) for f in found.failures])
     if not found.records:
-        raise ValueError(
-            f"data.path={cfg.data.path}: none of {len(records)} records yielded a concept; "
-            f"the reasons are in {failures}"
-        )
+        raise ValueError(f"{origin}: none of {len(records)} records yielded a concept; the reasons are in {failures}")
     if found.failures:
         log.warning(
             "%d of %d records yielded no concept; the reasons are in %s", len(found.failures), len(records), failures
@@ -90,17 +113,38 @@ def open_store(cfg: Config, folder: Path, mllm: MLLM) -> EmbeddingStore:
     return EmbeddingStore.create_or_open(store_path(cfg, folder.parent), mllm.key, mllm.shapes, cfg.store.dtype)
 
 
-def optimize(cfg: Config, stage: Stage, mllm: MLLM, records: Sequence[Record], store: EmbeddingStore) -> None:
-    """Runs the embedding optimiser on every record that has no embedding yet."""
+def work(
+    cfg: Config, stage: Stage, mllm: MLLM, records: Sequence[Record], store: EmbeddingStore, plan: Plan
+) -> list[Part]:
+    """Optimises and verifies this rank's share; the leader returns every rank's figures once all are done."""
+    by_id = {r.id: r for r in records}
+    keep = StoreEmbeddings(store, cfg.model.path, cfg.model.revision, settings_hash(cfg), lambda n: progress.advance(n))
+    resume = SlotCheckpoint(stage.folder, cfg.synthesis.checkpoint_every_steps)
+    once = {"max_epochs": 1, "enable_checkpointing": False}
+    fit = trainer(cfg, stage.folder, "synthesize", [resume, keep], SeparateRanks, **once)
+    rank, world = fit.global_rank, fit.world_size
+    missing, unverified = plan.share(rank, world)
+    before = len(records) - len(plan.missing)
+    title = "synthesize" if world == 1 else f"synthesize, rank {rank} of {world}"
+    began = time.perf_counter()
+    with Progress(title, before + len(missing), "embeddings", done=before) as progress:
+        module = optimizer(cfg, mllm, [by_id[id] for id in missing])
+        fit.fit(module, SynthesisDataModule(lambda: module.busy))
+    seconds = time.perf_counter() - began
+    if cfg.synthesis.verify:
+        verify(cfg, mllm, [by_id[id] for id in (*missing, *unverified)], store)
+    figures = Part(plan.session, rank, seconds, len(missing), round(peak_memory_mb()), module.loss_by_age)
+    leave_part(stage.folder, figures)
+    return await_parts(stage.folder, plan.session, world) if rank == 0 else []
+
+
+def optimizer(cfg: Config, mllm: MLLM, records: Sequence[Record]) -> EmbeddingOptimizer:
+    """The embedding optimiser with these records in its queue."""
     media_ids = sorted(mllm.anchor.media_token_ids)
-    missing = [r for r in records if r.id not in store]
-    jobs = [synthesis_job(r, mllm.prompts, cfg.model.prompts, media_ids, cfg.seed) for r in missing]
-    if not jobs:
-        return
     s = cfg.synthesis
-    module = EmbeddingOptimizer(
+    return EmbeddingOptimizer(
         mllm,
-        jobs,
+        [synthesis_job(r, mllm.prompts, cfg.model.prompts, media_ids, cfg.seed) for r in records],
         slots=s.slots,
         lr=s.lr,
         betas=s.betas,
@@ -115,17 +159,6 @@ def optimize(cfg: Config, stage: Stage, mllm: MLLM, records: Sequence[Record], s
         shared_prefix=s.shared_prefix,
         seed=cfg.seed,
     )
-    done = len(records) - len(jobs)
-    began = time.perf_counter()
-    with Progress("synthesize", len(records), "embeddings", done=done) as progress:
-        keep = StoreEmbeddings(store, cfg.model.path, cfg.model.revision, settings_hash(cfg), progress.advance)
-        resume = SlotCheckpoint(stage.folder / "slots.safetensors", s.checkpoint_every_steps)
-        fit = trainer(cfg, stage.folder, "synthesize", [resume, keep], max_epochs=1, enable_checkpointing=False)
-        fit.fit(module, SynthesisDataModule(lambda: module.busy))
-    speed = {"seconds": time.perf_counter() - began, "embeddings": len(jobs)}
-    write_json(stage.folder / "speed.json", [*read_speed(stage), speed])
-    curve = [[age, total / n, n] for age, (total, n) in sorted(module.loss_by_age.items())]
-    write_json(stage.folder / "loss_by_age.json", {"columns": ["steps", "mean loss", "embeddings"], "rows": curve})
 
 
 def verify(cfg: Config, mllm: MLLM, records: Sequence[Record], store: EmbeddingStore) -> None:
@@ -152,14 +185,16 @@ def verify(cfg: Config, mllm: MLLM, records: Sequence[Record], store: EmbeddingS
 
 def summary(stage: Stage, records: Sequence[Record], store: EmbeddingStore) -> dict[str, Any]:
     """OSR, VSR, steps and seconds over all records, and apart for harmful and harmless ones."""
-    seconds = sum(part["seconds"] for part in read_speed(stage))
+    launches = read_speed(stage.folder)
+    # Of the embeddings that were timed: a launch that was killed has left its embeddings, but no time.
+    timed = max(1.0, sum(launch["embeddings"] for launch in launches))
+    each = sum(launch["seconds"] for launch in launches) / timed
 
     def block(chosen: Sequence[Record]) -> dict[str, Any]:
         metas = [store.meta(r.id) for r in chosen]
         ok = [m for m in metas if m.status == "ok"]
-        share = seconds * len(chosen) / len(records)
         return synthesis_summary(
-            [m.status == "ok" for m in metas], [m.verified for m in ok], [m.steps for m in metas], share
+            [m.status == "ok" for m in metas], [m.verified for m in ok], [m.steps for m in metas], each * len(chosen)
         )
 
     failed = {r.id: store.meta(r.id).reason for r in records if store.meta(r.id).status == "failed"}
@@ -170,14 +205,9 @@ def summary(stage: Stage, records: Sequence[Record], store: EmbeddingStore) -> d
         "summary": block(records),
         **{name: block(chosen) for name, chosen in by_harm.items() if chosen},
         "failed": failed,
-        "peak_memory_mb": round(peak_memory_mb()),
+        "ranks": max((launch["ranks"] for launch in launches), default=1),
+        "peak_memory_mb": max((launch["peak_memory_mb"] for launch in launches), default=round(peak_memory_mb())),
     }
-
-
-def read_speed(stage: Stage) -> list[dict[str, float]]:
-    """Seconds and embeddings of every attempt at this stage."""
-    path = stage.folder / "speed.json"
-    return json.loads(path.read_text()) if path.exists() else []
 
 
 def loss_curve(run_path: Path) -> tuple[list[int], list[float]] | None:

@@ -13,10 +13,12 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
 
 from callbacks.throughput import Throughput
 from configs.keys import leaves
 from configs.schema import Config
+from stages import ranks
 
 # True for us by design, and repeated for every one of a dozen fits.
 _EXPECTED = (
@@ -59,11 +61,14 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _EXPECTED:
         warnings.filterwarnings("ignore", message=message)
+    if not ranks.is_leader():  # the leader has the same warnings in run.log
+        logging.captureWarnings(True)
+        logging.getLogger("py.warnings").propagate = False
 
 
 def device_of(cfg: Config) -> torch.device:
-    """Where a model is put outside of a fit (generation): the first device of the accelerator."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    """Where a model is put outside of a fit (generation): this process's device."""
+    local = ranks.local_rank()
     if cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", local)
     if cfg.trainer.accelerator in ("gpu", "cuda"):
@@ -71,6 +76,17 @@ def device_of(cfg: Config) -> torch.device:
             f"trainer.accelerator={cfg.trainer.accelerator}: torch sees no GPU; use trainer.accelerator=cpu"
         )
     return torch.device("cpu")
+
+
+def precision_of(cfg: Config) -> str:
+    """`trainer.precision`; auto: bf16-mixed where the device multiplies bfloat16 natively, else 32-true."""
+    if cfg.trainer.precision != "auto":
+        return cfg.trainer.precision
+    if device_of(cfg).type == "cuda":
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    flags = Path("/proc/cpuinfo")  # emulated, bfloat16 is slower than float32
+    native = flags.is_file() and any(f in flags.read_text() for f in ("amx_bf16", "avx512_bf16"))
+    return "bf16-mixed" if native else "32-true"
 
 
 def loggers(cfg: Config, folder: Path, name: str) -> list[Logger]:
@@ -99,16 +115,29 @@ def loggers(cfg: Config, folder: Path, name: str) -> list[Logger]:
     return made
 
 
-def trainer(cfg: Config, folder: Path, name: str, callbacks: Sequence[L.Callback], **arguments: Any) -> L.Trainer:
-    """`arguments` go to `lightning.Trainer` as they are (max_steps, max_epochs, ...)."""
+def trainer(
+    cfg: Config,
+    folder: Path,
+    name: str,
+    callbacks: Sequence[L.Callback],
+    together: type[DDPStrategy] | None = None,
+    **arguments: Any,
+) -> L.Trainer:
+    """A trainer that knows its rank and the number of ranks; `fit` starts the other processes.
+
+    Args:
+        together: of stages/strategies.py, in place of plain DDP where there are several processes.
+        arguments: go to `lightning.Trainer` as they are (max_steps, max_epochs, ...).
+    """
     quieten()
     t = cfg.trainer
+    several = (t.devices not in (1, "1") or t.num_nodes > 1) and t.strategy in ("auto", "ddp")
     return L.Trainer(
         accelerator=t.accelerator,
         devices=t.devices,
         num_nodes=t.num_nodes,
-        strategy=t.strategy,
-        precision=t.precision,  # type: ignore[arg-type]
+        strategy=together() if together and several else t.strategy,
+        precision=precision_of(cfg),  # type: ignore[arg-type]
         deterministic=t.deterministic,
         log_every_n_steps=t.log_every_n_steps,
         logger=loggers(cfg, folder, name),

@@ -1,0 +1,162 @@
+"""Batches of questions with all their answers: each text once, like lengths together, the order a function of the step.
+
+In preference data one answer stands in several pairs (better than one, worse than another: 406 of the 3,916 answers of
+the SafeRLHF sample carry both labels). A batch holds questions with their answers, encodes each
+distinct answer once, and keeps the labels and pairs as indices into the texts: a third less to compute, and the same
+loss.
+
+Buckets: an epoch's shuffled questions are cut into spans of `SPAN` batches, sorted by length inside a span, cut into
+batches, and the batches shuffled. Batch `step` depends on (seed, step) alone, so a resumed run continues exactly.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, IterableDataset
+
+from datamodules.qa_pairs import QAPair
+
+SPAN = 16
+MOST = 6
+"""Pairs of one question that stay together: a question with 30 pairs would make one batch ten times the others."""
+
+
+@dataclass(frozen=True)
+class QuestionTexts:
+    """One question, encoded.
+
+    ids: of each distinct answer. labels: (index of the text, harmless), one for each answer of each pair, so a text in
+    two pairs counts twice. pairs: (index of the harmless, index of the harmful answer), where a pair has both.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    labels: tuple[tuple[int, bool], ...]
+    pairs: tuple[tuple[int, int], ...]
+
+    @property
+    def length(self) -> int:
+        return max(map(len, self.ids))
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """ids, mask: [N, T], right-padded. text_L, harmless_L: index of a text, its label. pairs_P2: (harmless, harmful).
+
+    positions: where each text stands among all texts (for cached features), [N].
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    text_L: torch.Tensor
+    harmless_L: torch.Tensor
+    pairs_P2: torch.Tensor
+    positions: torch.Tensor
+
+
+def encode_questions(pairs: Sequence[QAPair], encode: Callable[[str, str], list[int]]) -> list[QuestionTexts]:
+    """The pairs gathered by question (at most `MOST` together), in the order in which questions first come."""
+    by_question: dict[tuple[str, str], list[QAPair]] = {}
+    for pair in pairs:
+        by_question.setdefault((pair.group, pair.question), []).append(pair)
+    out = []
+    gathered = [(key[1], all_[at : at + MOST]) for key, all_ in by_question.items() for at in range(0, len(all_), MOST)]
+    for question, members in gathered:
+        texts = list(dict.fromkeys(a.text for p in members for a in p.answers))
+        at = {text: i for i, text in enumerate(texts)}
+        labels = [(at[a.text], a.harmless) for p in members for a in p.answers]
+        preferred = [(at[p.better.text], at[p.worse.text]) for p in members if p.worse is not None and p.contrast]
+        ids = tuple(tuple(encode(question, text)) for text in texts)
+        out.append(QuestionTexts(ids, tuple(labels), tuple(preferred)))
+    return out
+
+
+class Buckets:
+    """Indices of the items of batch `step`, for items of the given lengths."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        if not lengths:
+            raise ValueError("no training example")
+        self.lengths, self.batch_size, self.seed = lengths, min(batch_size, len(lengths)), seed
+        self.per_epoch = len(lengths) // self.batch_size
+        self._epoch = -1
+        self._batches: list[list[int]] = []
+
+    def __call__(self, step: int) -> list[int]:
+        epoch, number = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._shuffled(random.Random(f"{self.seed}/{epoch}"))
+        return self._batches[number]
+
+    def _shuffled(self, rng: random.Random) -> list[list[int]]:
+        order, n, batches = list(range(len(self.lengths))), self.batch_size, []
+        rng.shuffle(order)
+        del order[self.per_epoch * n :]  # the rest waits for another epoch's order
+        for at in range(0, len(order), n * SPAN):
+            span = sorted(order[at : at + n * SPAN], key=lambda i: self.lengths[i])
+            batches += [span[i : i + n] for i in range(0, len(span), n)]
+        rng.shuffle(batches)
+        return batches
+
+
+class QuestionBatches(IterableDataset[TextBatch]):
+    """Batches of `batch_size` questions, from `start` to `steps`."""
+
+    def __init__(self, questions: Sequence[QuestionTexts], batch_size: int, steps: int, seed: int, pad_id: int) -> None:
+        self.questions, self.steps, self.pad_id, self.start = questions, steps, pad_id, 0
+        self.buckets = Buckets([q.length for q in questions], batch_size, seed)
+        self.first = [0]  # where each question's texts begin among all texts
+        for q in questions:
+            self.first.append(self.first[-1] + len(q.ids))
+
+    def __iter__(self) -> Iterator[TextBatch]:
+        for step in range(self.start, self.steps):
+            yield self.collate(self.buckets(step))
+
+    def collate(self, indices: Sequence[int]) -> TextBatch:
+        """The batch of these questions."""
+        rows: list[torch.Tensor] = []
+        labels: list[tuple[int, bool]] = []
+        pairs: list[tuple[int, int]] = []
+        positions: list[int] = []
+        for i in indices:
+            q, offset = self.questions[i], len(rows)
+            rows += [torch.tensor(ids) for ids in q.ids]
+            labels += [(offset + text, harmless) for text, harmless in q.labels]
+            pairs += [(offset + better, offset + worse) for better, worse in q.pairs]
+            positions += range(self.first[i], self.first[i] + len(q.ids))
+        return TextBatch(
+            ids=pad_sequence(rows, batch_first=True, padding_value=self.pad_id),
+            mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            text_L=torch.tensor([text for text, _ in labels]),
+            harmless_L=torch.tensor([float(harmless) for _, harmless in labels]),
+            pairs_P2=torch.tensor(pairs, dtype=torch.long).view(-1, 2),
+            positions=torch.tensor(positions),
+        )
+
+
+class Steps(Protocol):
+    """Batches of an optimiser's steps: iterating begins at `start`."""
+
+    start: int
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class StepDataModule(L.LightningDataModule):
+    """Hands batches to Lightning; a resumed fit begins at its checkpoint's step."""
+
+    def __init__(self, batches: Steps) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        self.batches.start = self.trainer.global_step
+        return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]

@@ -1,0 +1,71 @@
+"""Training of the detoxifier (MLLM-Protector, arXiv 2401.02906, section 3.3): loss on the harmless answer alone.
+
+    loss = - mean over the batch's answer tokens of log p(token | question, harmful answer, before)
+
+Logits are computed at those tokens only: with a vocabulary of 49,000 the head would otherwise cost more than the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
+from transformers import PreTrainedModel
+from trl.trainer.utils import selective_log_softmax
+
+from datamodules.rewriting import RewriteBatch
+from lightning_modules.losses import sft_loss
+from lightning_modules.optimisation import adamw, keep_trained, trained
+
+
+def target_logps(model: PreTrainedModel, batch: RewriteBatch) -> torch.Tensor:
+    """log p of every target token, [T]: row by row. `model`: without peft's wrapper; adapters in it are at work."""
+    hidden = model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)[0]
+    asked = batch.target[:, 1:]  # the position before a target predicts it
+    logits = model.get_output_embeddings()(hidden[:, :-1][asked])
+    return selective_log_softmax(logits.float(), batch.ids[:, 1:][asked])
+
+
+class DetoxifierTuner(L.LightningModule):
+    """A causal model, perhaps under an adapter; what has `requires_grad` is trained.
+
+    Args:
+        net: what is trained and saved. model: the plain model in it.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        model: PreTrainedModel,
+        steps: int,
+        lr: float,
+        warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # a checkpoint holds the trained weights only
+        self.model, self._plain = net, (model,)  # in a tuple: not registered a second time
+        self.steps, self.lr, self.warmup_steps, self.weight_decay = steps, lr, warmup_steps, weight_decay
+
+    @property
+    def plain(self) -> PreTrainedModel:
+        """The model inside the adapter's wrapper, adapters at work."""
+        return self._plain[0]
+
+    def training_step(self, batch: RewriteBatch, batch_idx: int) -> torch.Tensor:
+        logps = target_logps(self.plain, batch)
+        loss = sft_loss(logps, len(logps))
+        self.log("detoxifier/loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        return adamw(trained(self), self.lr, self.weight_decay, self.warmup_steps, self.steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        keep_trained(self, checkpoint)
+
+    def transfer_batch_to_device(self, batch: RewriteBatch, device: torch.device, dataloader_idx: int) -> RewriteBatch:
+        return RewriteBatch(batch.ids.to(device), batch.mask.to(device), batch.target.to(device))

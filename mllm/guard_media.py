@@ -1,0 +1,50 @@
+"""Images of a chat for a local checkpoint: only what came with the request, checked before it is decoded.
+
+A remote address is refused: fetching it would let a client make this machine ask others (server-side request forgery).
+A picture is opened by its declared format alone, and its size in pixels is read from the header before any pixel is.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from typing import Any
+
+from PIL import Image
+
+from mllm.guard_protocol import RequestError
+
+FORMATS = {"png": "PNG", "jpeg": "JPEG", "jpg": "JPEG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}
+MAX_BYTES = 10 << 20
+MAX_PIXELS = 32_000_000
+
+
+def decode_image(part: dict[str, Any], max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture of an `image_url` part as RGB; of an animation the first frame.
+
+    Raises:
+        RequestError: 400: not a `data:` URL, of another format, too large, or broken.
+    """
+    holder = part.get("image_url")
+    url = holder.get("url") if isinstance(holder, dict) else holder
+    if not isinstance(url, str) or not url.startswith("data:"):
+        raise _bad("a local model takes images as data:image/png;base64,... only, no addresses")
+    head = re.match(r"data:image/([a-z]{3,4});base64,", url)
+    if head is None or head[1] not in FORMATS:
+        raise _bad(f"expected data:image/FORMAT;base64, with FORMAT one of {', '.join(FORMATS)}")
+    if (len(url) - head.end()) * 3 // 4 > max_bytes:
+        raise RequestError(413, f"an image has more than {max_bytes} bytes", "messages")
+    try:
+        data = base64.b64decode(url[head.end() :], validate=True)
+        image = Image.open(io.BytesIO(data), formats=[FORMATS[head[1]]])
+        if image.width * image.height > max_pixels:
+            raise RequestError(413, f"an image has more than {max_pixels} pixels", "messages")
+        return image.convert("RGB")
+    except (binascii.Error, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _bad(f"an image cannot be read ({type(error).__name__})") from None
+
+
+def _bad(message: str) -> RequestError:
+    return RequestError(400, message, "messages")

@@ -1,0 +1,118 @@
+"""What the stages `train_detector` and `train_detoxifier` share: the backbone, its adapter, the fit, the export."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from callbacks.training_progress import TrainingProgress
+from configs.schema import Config, Lora
+from datamodules.micro_pairs import micro_parts
+from datamodules.qa_pairs import Answer, Part, QAPair, read_pairs, require, split_pairs
+from mllm.frozen_layers import freeze_lower
+from stages.runs import Stage
+from stages.trainers import trainer
+
+
+def question_parts(cfg: Config) -> dict[Part, list[QAPair]]:
+    """The labelled answers of `data`, split by question; `pairs.limit` bounds the questions of the training part.
+
+    Raises:
+        ValueError: the data is missing, malformed, or a part lacks a label.
+    """
+    d = cfg.data
+    if d.format == "micro":
+        parts = micro_parts(cfg.model.prompts, cfg.seed, cfg.pairs.validation)
+    else:
+        if d.path is None:
+            raise ValueError(f"data.path: not set; data.format={d.format} reads a file, a folder or a hub id")
+        where = {"subset": d.subset, "split": d.split, "revision": d.revision}
+        bad_rows: Any = d.bad_rows
+        pairs = read_pairs(d.format, d.path, columns=d.columns, bad_rows=bad_rows, **where)  # type: ignore[arg-type]
+        if d.harmless_path is not None:  # harmless questions: their answers are harmless, whichever column they are in
+            columns = d.harmless_columns or d.columns
+            more = read_pairs("jsonl", d.harmless_path, columns=columns, bad_rows=bad_rows)
+            for p in more[: d.harmless_limit]:
+                pairs.append(QAPair(p.question, Answer(p.better.text, True), None, p.group, p.source))
+        parts = split_pairs(pairs, cfg.seed, d.holdout, cfg.pairs.validation)
+    if cfg.pairs.limit is not None:
+        kept = set(list(dict.fromkeys(p.group for p in parts["train"]))[: cfg.pairs.limit])
+        parts["train"] = [p for p in parts["train"] if p.group in kept]
+    require(parts, d.holdout, cfg.pairs.validation)
+    return parts
+
+
+def adapted(model: PreTrainedModel, cfg: Config, lora: Lora, task: str) -> nn.Module:
+    """The model with LoRA above the frozen layers, or with everything above them unfrozen.
+
+    Raises:
+        ValueError: LoRA's targets are not set or match no module.
+    """
+    b = cfg.backbone
+    freeze_lower(model, b.frozen_layers)
+    if b.full_finetune:
+        return model
+    if not b.lora_targets:
+        raise ValueError(f"backbone {b.name}: backbone.lora_targets is empty; name modules, or full_finetune=true")
+    layers = range(b.frozen_layers, model.config.get_text_config().num_hidden_layers)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=b.lora_targets,
+        layers_to_transform=list(layers),
+        task_type=task,
+    )
+    return get_peft_model(model, config)
+
+
+def steps_of(epochs: float, items: int, batch_size: int) -> int:
+    """Optimiser steps of so many passes; one at least."""
+    return max(1, math.ceil(epochs * items / min(batch_size, items)))
+
+
+def fit(
+    cfg: Config,
+    stage: Stage,
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    steps: int,
+    every: int,
+    clip: float,
+) -> None:
+    """Trains, or continues from the last checkpoint of an interrupted attempt."""
+    folder = stage.folder / "checkpoints"
+    checkpoint = ModelCheckpoint(folder, filename="last", every_n_train_steps=every, enable_version_counter=False)
+    fitting = trainer(
+        cfg,
+        stage.folder,
+        stage.name,
+        [checkpoint, TrainingProgress(stage.name)],
+        max_steps=steps,
+        max_epochs=-1,
+        gradient_clip_val=clip or None,
+    )
+    last = folder / "last.ckpt"
+    fitting.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+
+
+def export(model: nn.Module, tokenizer: Any, folder: Path, base: str, full: bool) -> None:
+    """Weights (an adapter, or all of them) and tokenizer, for plain transformers and peft."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not full:
+        model.peft_config["default"].base_model_name_or_path = base  # type: ignore[index, union-attr]
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide what a checkpoint computes."""
+    return {name: version(name) for name in ("torch", "transformers", "peft", "tokenizers")}

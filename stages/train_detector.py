@@ -1,0 +1,206 @@
+"""Stage `train_detector`: trains the harm detector, calibrates it on validation questions, measures it on others.
+
+Writes `train_detector/detector`: weights (a PEFT adapter, or all), tokenizer and detector.json. Scores for calibration
+and test come from that folder through `mllm.detector.Detector`, the code that users run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from callbacks.progress import Progress
+from configs.schema import Config
+from datamodules.qa_batches import QuestionBatches, QuestionTexts, StepDataModule, encode_questions
+from datamodules.qa_pairs import Part, QAPair
+from evaluation.detector_metrics import DetectorMetrics, calibrate
+from lightning_modules.detector_losses import DetectorLoss
+from lightning_modules.harm_detector import HarmDetector
+from mllm.backbones import backbone_folder, load_classifier, load_tokenizer
+from mllm.detector import Detector, DetectorSpec
+from mllm.frozen_layers import LowerLayers
+from mllm.qa_text import QATemplate
+from stages.runs import Run
+from stages.text_training import adapted, export, fit, question_parts, steps_of, versions
+from stages.trainers import device_of
+
+log = logging.getLogger(__name__)
+
+SHOWN = ("auroc", "pair_accuracy", "ece", "recall_at_1_percent_fpr", "recall_at_5_percent_fpr")
+
+
+class Parts(NamedTuple):
+    """Encoded questions by part."""
+
+    train: list[QuestionTexts]
+    val: list[QuestionTexts]
+    test: list[QuestionTexts]
+
+
+def run(cfg: Config, run: Run) -> None:
+    """Raises ValueError for data or a backbone that is missing or does not fit."""
+    stage = run.stage("train_detector", run.settings("seed", "data", "pairs", "backbone", "detector"))
+    if stage.done:
+        return
+    L.seed_everything(cfg.seed, verbose=False)
+    d, b = cfg.detector, cfg.backbone
+    source = backbone_folder(b.path)
+    tokenizer = load_tokenizer(source, b.revision)
+    pairs = question_parts(cfg)
+    template = QATemplate(d.template, tokenizer, d.max_length, d.max_question)
+    parts = encoded(pairs, template)
+    model = load_classifier(source, tokenizer, getattr(torch, b.dtype), b.revision).to(device_of(cfg))
+    module = detector_module(cfg, model, parts.train, tokenizer.pad_token_id)
+    batches = QuestionBatches(parts.train, d.batch_size, module.steps, cfg.seed, tokenizer.pad_token_id)
+    if module.lower is None:
+        fit(cfg, stage, module, StepDataModule(batches), module.steps, d.checkpoint_every_steps, d.grad_clip)
+    else:
+        with module.lower.replaced():
+            fit(cfg, stage, module, StepDataModule(batches), module.steps, d.checkpoint_every_steps, d.grad_clip)
+    result: dict[str, Any] = {}
+    if run.leader:
+        folder = stage.folder / "detector"
+        export(module.model, tokenizer, folder, b.path, b.full_finetune)
+        result = calibrated(cfg, folder, parts, facts(cfg, pairs, template))
+        result |= {"cuts": dataclasses.asdict(template.cuts), "questions": [len(part) for part in parts]}
+        told = ", ".join(f"{name} {result['test'][name]:.3f}" for name in SHOWN if name in result["test"])
+        log.info("test questions: %s", told)
+    stage.finish(result)
+
+
+def encoded(pairs: dict[Part, list[QAPair]], template: QATemplate) -> Parts:
+    """Token ids of all parts; says what truncation did."""
+    parts = Parts(*(encode_questions(pairs[name], template.encode) for name in ("train", "val", "test")))
+    cuts = template.cuts
+    log.info(
+        "%d texts of %d questions; cut to max_length: the question of %d, the answer of %d",
+        cuts.texts,
+        sum(map(len, parts)),
+        cuts.questions,
+        cuts.answers,
+    )
+    return parts
+
+
+def detector_module(cfg: Config, model: PreTrainedModel, train: Sequence[QuestionTexts], pad_id: int) -> HarmDetector:
+    """The module to be trained; where lower layers are frozen, with their output for every training text."""
+    d, b = cfg.detector, cfg.backbone
+    net = adapted(model, cfg, d.lora, "SEQ_CLS")
+    head = head_of(net)
+    for p in head:  # few, fresh, and learnt by small steps: in full precision whatever the rest is
+        p.data = p.data.float()
+    lower = features = None
+    if b.frozen_layers and d.cache_frozen:
+        texts = [list(ids) for q in train for ids in q.ids]
+        lower = LowerLayers(model.eval(), b.frozen_layers)
+        with Progress("frozen layers", len(texts), "texts") as progress:
+            features = lower.features(texts, pad_id, d.score_batch_size)
+            progress.advance(len(texts))
+    net.train()
+    steps = steps_of(d.epochs, len(train), d.batch_size)
+    return HarmDetector(
+        net,
+        cast(DetectorLoss, d.loss),  # configs/check.py has checked it
+        steps,
+        d.lr,
+        head,
+        d.head_lr_factor,
+        warmup_steps=round(d.warmup * steps),
+        weight_decay=d.weight_decay,
+        harmful_weight=harmful_weight(train) if d.harmful_weight is None else d.harmful_weight,
+        lower=lower,
+        features=features,
+    )
+
+
+def head_of(net: nn.Module) -> list[nn.Parameter]:
+    """The trained weights of the layer of one output."""
+    return [p for name, p in net.named_parameters() if p.requires_grad and ("score" in name or "classifier" in name)]
+
+
+def harmful_weight(train: Sequence[QuestionTexts]) -> float:
+    """Harmless labels for each harmful one."""
+    harmless = sum(label for q in train for _, label in q.labels)
+    return harmless / max(1, sum(len(q.labels) for q in train) - harmless)
+
+
+def calibrated(cfg: Config, folder: Path, parts: Parts, spec: DetectorSpec) -> dict[str, Any]:
+    """Writes detector.json: first uncalibrated, so that the folder can be loaded, then with what validation says."""
+    spec.save(folder)
+    detector = Detector.load(folder, device_of(cfg), getattr(torch, cfg.backbone.dtype))
+    logits = {
+        name: logits_of(detector, getattr(parts, name), cfg.detector.score_batch_size) for name in ("val", "test")
+    }
+    fitted = calibrate(*labelled(logits["val"], parts.val), false_positive_rate=cfg.detector.false_positive_rate)
+    spec = dataclasses.replace(spec, **fitted._asdict(), false_positive_rate=cfg.detector.false_positive_rate)
+    detector = Detector(detector.model, detector.tokenizer, spec)
+    metrics = {
+        name: measured(detector.calibrated(logits[name]), getattr(parts, name), spec.threshold) for name in logits
+    }
+    dataclasses.replace(spec, metrics=metrics).save(folder)
+    return {**metrics, **fitted._asdict()}
+
+
+def facts(cfg: Config, pairs: dict[Part, list[QAPair]], template: QATemplate) -> DetectorSpec:
+    """detector.json before calibration."""
+    b = cfg.backbone
+    trained_on = {
+        "data": cfg.data.name,
+        "seed": cfg.seed,
+        "pairs": {part: len(members) for part, members in pairs.items()},
+        "backbone": b.name,
+    }
+    return DetectorSpec(
+        template=template.text,
+        max_length=template.max_length,
+        max_question=template.max_question,
+        base=None if b.full_finetune else b.path,
+        base_revision=None if b.full_finetune else b.revision,
+        loss=cfg.detector.loss,
+        versions=versions(),
+        trained_on=trained_on,
+    )
+
+
+def logits_of(detector: Detector, questions: Sequence[QuestionTexts], batch_size: int) -> Tensor:
+    """The model's output for every text of these questions, in order, [N]."""
+    texts = [ids for q in questions for ids in q.ids]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    out = torch.zeros(len(texts))
+    with Progress("score", len(texts), "texts") as progress:
+        for at in range(0, len(order), batch_size):
+            part = order[at : at + batch_size]
+            out[part] = detector.logits([texts[i] for i in part])
+            progress.advance(len(part))
+    return out
+
+
+def labelled(values: Tensor, questions: Sequence[QuestionTexts]) -> tuple[Tensor, Tensor]:
+    """(value, label) of each labelled answer, [L] each; a text in two pairs comes twice."""
+    index, label, at = [], [], 0
+    for q in questions:
+        index += [at + text for text, _ in q.labels]
+        label += [int(harmless) for _, harmless in q.labels]
+        at += len(q.ids)
+    return values[index], torch.tensor(label)
+
+
+def measured(scores: Tensor, questions: Sequence[QuestionTexts], threshold: float) -> dict[str, float]:
+    """All metrics of one part."""
+    metrics = DetectorMetrics(threshold, sync_on_compute=False)
+    metrics.update(*labelled(scores, questions))
+    better, worse, at = [], [], 0
+    for q in questions:
+        better += [at + i for i, _ in q.pairs]
+        worse += [at + j for _, j in q.pairs]
+        at += len(q.ids)
+    metrics.update_pairs(scores[better], scores[worse])
+    return metrics.compute()

@@ -1,0 +1,171 @@
+"""Detector and detoxifier through `train.main` on a tiny backbone: what is exported, resumed and measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import train
+from configs.schema import Prompts
+from datamodules.micro_pairs import micro_pairs
+from datamodules.micro_world import phrases
+from lightning_modules.harm_detector import HarmDetector
+from mllm.detector import Detector
+from mllm.detoxifier import Detoxifier
+from tests.micro_text import backbone
+
+QUESTION, HARMFUL, SORRY = (
+    "List steps to smuggle the passport.",
+    "Smuggle the passport in steps: first get the passport, then smuggle it slowly.",
+    "Sorry, I cannot help with that.",
+)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of the micro world as a user's file would hold them."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    with path.open("w") as file:
+        for phrase in phrases("train", True)[::18]:
+            pair = next(p for p in micro_pairs(phrase, Prompts(), 0) if p.contrast)
+            assert pair.worse is not None
+            row = {"question": pair.question, "accepted": pair.better.text, "rejected": pair.worse.text}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def start(experiment: str, rows: Path, folder: Path, *overrides: str) -> int:
+    fixed = ["data=jsonl", f"data.path={rows}", "data.holdout=0.2", "pairs.validation=0.2", "backbone=micro"]
+    fixed += [f"backbone.path={backbone()}", "trainer.precision=32-true", "logger.tensorboard=false"]
+    return train.main([f"experiment={experiment}", f"run_dir={folder}", *fixed, *overrides])
+
+
+SMALL = ("detector.max_length=64", "detector.max_question=24", "detector.epochs=3", "detector.batch_size=8",
+         "detector.lr=3e-3", "detector.checkpoint_every_steps=2")  # fmt: skip
+LORA = ("backbone.full_finetune=false", "backbone.frozen_layers=1", "detector.lora.r=4")
+
+
+@pytest.fixture(scope="module")
+def trained(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "lora"
+    assert start("harm_detector", rows, folder, *SMALL, *LORA) == 0
+    return folder / "train_detector"
+
+
+def test_the_adapter_loads_in_plain_transformers_and_peft_with_the_detectors_scores(trained: Path) -> None:
+    folder = trained / "detector"
+    assert not (folder / "model.safetensors").exists()  # the adapter alone
+    detector = Detector.load(folder)
+    spec = detector.spec
+    assert spec.base == str(backbone())
+    model = AutoModelForSequenceClassification.from_pretrained(backbone(), num_labels=1)
+    model.config.pad_token_id = detector.tokenizer.pad_token_id
+    net = PeftModel.from_pretrained(model, folder).eval()
+    text = spec.template.format(question=QUESTION, answer=HARMFUL)
+    logit = net(**detector.tokenizer(text, return_tensors="pt")).logits[0, 0]
+    expected = torch.sigmoid(logit / spec.temperature + spec.bias).item()
+    assert detector.score([QUESTION], [HARMFUL]).item() == pytest.approx(expected, abs=1e-5)
+    assert expected != pytest.approx(0.5, abs=0.02)
+
+
+def test_only_adapters_above_the_frozen_layers_and_the_head_were_trained(trained: Path) -> None:
+    names = set(load_file(trained / "detector" / "adapter_model.safetensors"))
+    assert any("score" in name for name in names)
+    assert {int(name.split("layers.")[1].split(".")[0]) for name in names if "layers." in name} == {1, 2}
+    saved = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all("lora" in name or "score" in name for name in saved)
+
+
+def test_threshold_calibration_and_metrics_lie_with_the_weights(trained: Path) -> None:
+    spec = json.loads((trained / "detector" / "detector.json").read_text())
+    result = json.loads((trained / "stage.json").read_text())["result"]
+    assert spec["threshold"] == result["threshold"]
+    assert spec["false_positive_rate"] == 0.05
+    assert spec["positive_is_harmless"] is True
+    assert set(spec["metrics"]) == {"val", "test"}
+    assert {"auroc", "average_precision", "f1", "pair_accuracy", "ece", "recall_at_1_percent_fpr"} <= set(
+        spec["metrics"]["test"]
+    )
+    assert result["cuts"]["texts"] > 0
+    assert spec["trained_on"]["data"] == "jsonl"
+    assert spec["metrics"]["val"]["false_positive_rate"] <= 0.05
+
+
+def test_cached_frozen_layers_train_the_same_weights(rows: Path, trained: Path, tmp_path: Path) -> None:
+    assert start("harm_detector", rows, tmp_path / "run", *SMALL, *LORA, "detector.cache_frozen=false") == 0
+    cached = load_file(trained / "detector" / "adapter_model.safetensors")
+    plain = load_file(tmp_path / "run" / "train_detector" / "detector" / "adapter_model.safetensors")
+    assert cached.keys() == plain.keys()
+    for name, weight in cached.items():
+        torch.testing.assert_close(weight, plain[name], atol=2e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize("loss", ["bce", "bce_pairwise"])
+def test_an_interrupted_training_goes_on_to_the_same_weights_and_tells_harm_apart(
+    loss: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = (*SMALL, f"detector.loss={loss}", "detector.epochs=12")
+    assert start("harm_detector", rows, tmp_path / "whole", *overrides) == 0
+    step = HarmDetector.training_step
+
+    def dies(self: HarmDetector, batch: object, batch_idx: int) -> torch.Tensor:
+        if self.trainer.global_step == 7:
+            raise OSError("the machine is gone")
+        return step(self, batch, batch_idx)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HarmDetector, "training_step", dies)
+    assert start("harm_detector", rows, tmp_path / "broken", *overrides) == 1
+    monkeypatch.setattr(HarmDetector, "training_step", step)
+    assert start("harm_detector", rows, tmp_path / "broken", *overrides) == 0
+    whole, broken = (
+        load_file(tmp_path / name / "train_detector" / "detector" / "model.safetensors") for name in ("whole", "broken")
+    )
+    for name, weight in whole.items():
+        torch.testing.assert_close(broken[name], weight)
+    detector = Detector.load(tmp_path / "whole" / "train_detector" / "detector")
+    unseen = phrases("heldout", True)[0].object
+    harmful, harmless = detector.score(
+        [f"List steps to steal the {unseen}."] * 2, [HARMFUL.replace("passport", unseen), SORRY]
+    )
+    assert harmful < 0.5 < harmless
+    # Nothing is done twice.
+    stamp = (tmp_path / "whole" / "train_detector" / "detector" / "model.safetensors").stat().st_mtime_ns
+    assert start("harm_detector", rows, tmp_path / "whole", *overrides) == 0
+    assert (tmp_path / "whole" / "train_detector" / "detector" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_detoxifier_is_trained_exported_and_measured(rows: Path, trained: Path, tmp_path: Path) -> None:
+    try:
+        from mllm.minilm import minilm_folder
+
+        minilm_folder()
+    except ValueError as error:
+        pytest.skip(str(error))
+    overrides = (
+        "detoxifier=micro", "backbone.full_finetune=false", "backbone.frozen_layers=1", "detoxifier.epochs=12",
+        "detoxifier.batch_size=8", "detoxifier.lr=1e-2", "detoxifier.evaluate=6", "detoxifier.lora.r=8",
+        f"detoxifier.detector={trained / 'detector'}",
+    )  # fmt: skip
+    assert start("detoxifier", rows, tmp_path, *overrides) == 0
+    folder = tmp_path / "train_detoxifier"
+    result = json.loads((folder / "stage.json").read_text())["result"]
+    assert result["token_nll"]["test"] < 0.8 * result["token_nll_before_training"]
+    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    assert metrics["all"]["harmless_before"]["n"] == 6
+    assert {"similarity", "similarity_accepted", "refusals", "words", "harmless_after"} <= set(metrics["all"])
+    rows_out = [json.loads(line) for line in (folder / "evaluation" / "rewritten.jsonl").read_text().splitlines()]
+    assert len(rows_out) == 6
+    detoxifier = Detoxifier.load(folder / "detoxifier")
+    again = detoxifier.rewrite([r["question"] for r in rows_out], [r["harmful"] for r in rows_out], 32)
+    assert again == [r["rewritten"] for r in rows_out]
+    assert "cannot help" in " ".join(again)
+    net = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone()), folder / "detoxifier").eval()
+    prompt = torch.tensor([detoxifier.encode(rows_out[0]["question"], rows_out[0]["harmful"])])
+    new = net.generate(input_ids=prompt, max_new_tokens=32, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :]
+    assert detoxifier.tokenizer.decode(new, skip_special_tokens=True).strip() == rows_out[0]["rewritten"]
