@@ -420,7 +420,7 @@ class Pretrain:
     language_lr: float = doc("peak learning rate of projector and language model", 3e-3, low=0)
     robust_steps: int = doc("optimiser steps of the robust phase", 600, low=1)
     robust_lessons: int = doc("lessons about each picture in the robust phase", 3, low=1, high=6)
-    robust_noise: float = doc("largest noise in the robust phase, in units of the features' RMS", 1.0, low=0)
+    robust_noise: float = doc("largest noise in the robust phase, in units of the features' RMS", 0.5, low=0)
     robust_radius: float = doc("largest attack on the features, in units of their RMS", 0.2, low=0)
     robust_lr: float = doc("peak learning rate of the robust phase", 1.5e-3, low=0)
     robust_style_steps: int = doc("first steps of the robust phase, about the style alone", 120, low=0)
