@@ -128,7 +128,8 @@ def test_dpo_equals_trl(kind: str, media: bool, tmp_path: Path) -> None:
     module = DPOAligner(mllm, trainer.model, steps=1, beta=0.3, loss_type=kind, label_smoothing=smoothing)
     ours, _ = module.micro_step(items, E, [str(i) for i in range(len(items))], total=len(items))
     ours.backward()
-    assert ours.item() == pytest.approx(theirs.item(), abs=2e-6)
+    # ipo squares a margin: a loss of 6 has a rounding of 5e-7, so the bound is relative above 1.
+    assert ours.item() == pytest.approx(theirs.item(), rel=2e-6, abs=2e-6)
     got = gradients(trainer.model)
     assert got.keys() == expected.keys()
     assert len(got) > 0
