@@ -285,7 +285,7 @@ class DetectorTraining:
     max_length: int = doc("longest text (tokens)", 256, low=8)
     max_question: int = doc("of these for the question, whose end is kept (tokens)", 96, low=1)
     epochs: float = doc("passes over the training questions", 3.0, low=0)
-    batch_size: int = doc("questions in one step, each with all its answers", 16, low=1)
+    batch_size: int = doc("questions in one step, each with all its answers", 8, low=1)
     lr: float = doc("AdamW's peak learning rate", 1e-4, low=0)
     head_lr_factor: float = doc("the fresh head learns so much faster", 1.0, low=0)
     warmup: float = doc("share of the steps that is linear warm-up", 0.1, low=0, high=1)
