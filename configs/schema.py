@@ -259,8 +259,9 @@ def default_variants() -> dict[str, AlignVariant]:
 class Backbone:
     """The text model that a detector or a detoxifier is made from (one file of `configs/backbone` for each)."""
 
-    name: str = doc("short name in reports", REQUIRED)
-    path: str = doc("smollm2, minilm or micro (mllm/backbones.py), a folder or a hub id", REQUIRED)
+    # Defaults, so that the configuration of a run that knows no backbone can still be read.
+    name: str = doc("short name in reports", "minilm")
+    path: str = doc("smollm2, minilm or micro (mllm/backbones.py), a folder or a hub id", "minilm")
     revision: str | None = doc("hub revision (a commit hash)")
     dtype: str = doc("dtype of frozen weights", "float32", choices=("float32", "bfloat16"))
     lora_targets: list[str] = doc("names of the modules that get LoRA", [])
