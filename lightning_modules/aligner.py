@@ -16,10 +16,10 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from trl.trainer.utils import selective_log_softmax
 
 from configs.schema import AlignVariant
 from datamodules.alignment import AlignmentBatch, chunks
+from lightning_modules.losses import token_logps
 from lightning_modules.optimisation import adamw, keep_trained, trained
 from mllm.branches import BranchForward, BranchLogits, Item
 from mllm.loading import MLLM
@@ -138,7 +138,7 @@ class Aligner(L.LightningModule):
         if E is not None:
             E = {path: e.to(self.device) for path, e in E.items()}
         out = self.forward_branches(self.forward_branches.plan(items, shared=shared), E)
-        return selective_log_softmax(out.logits.float(), out.labels), out
+        return token_logps(out.logits, out.labels), out
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return adamw(trained(self), self.lr, self.weight_decay, self.warmup_steps, self.steps)

@@ -14,10 +14,9 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import selective_log_softmax
 
 from datamodules.rewriting import RewriteBatch
-from lightning_modules.losses import sft_loss
+from lightning_modules.losses import sft_loss, token_logps
 from lightning_modules.optimisation import adamw, keep_trained, trained
 
 
@@ -26,7 +25,7 @@ def target_logps(model: PreTrainedModel, batch: RewriteBatch) -> torch.Tensor:
     hidden = model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)[0]
     asked = batch.target[:, 1:]  # the position before a target predicts it
     logits = model.get_output_embeddings()(hidden[:, :-1][asked])
-    return selective_log_softmax(logits.float(), batch.ids[:, 1:][asked])
+    return token_logps(logits, batch.ids[:, 1:][asked])
 
 
 class DetoxifierTuner(L.LightningModule):

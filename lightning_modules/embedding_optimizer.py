@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import lightning as L
 import torch
-from trl.trainer.utils import selective_log_softmax
 
 from datamodules.control_samples import SynthesisJob
+from lightning_modules.losses import token_logps
 from lightning_modules.slots import SlotAdam, SlotTensors, schedule
 from mllm.branches import BranchForward, BranchLogits, Plan
 from mllm.loading import MLLM
@@ -65,7 +65,7 @@ def slot_losses(out: BranchLogits, n: int, style_weight: float, margin: float) -
     Branch 0 is the content sample, branch 1 the style sample; NaN logits never count as finished.
     """
     logits = out.logits.float()
-    nll = -selective_log_softmax(logits, out.labels)  # [T]
+    nll = -token_logps(logits, out.labels)  # [T]
     sample = out.item * 2 + out.branch
     zero = nll.new_zeros(2 * n)
     per_sample = zero.index_add(0, sample, nll) / zero.index_add(0, sample, torch.ones_like(nll)).clamp(min=1)
