@@ -1,16 +1,22 @@
-"""Pretrains the vision tower of the embedded image model: it reads, then every patch knows the whole picture.
+"""Pretrains the vision tower of the embedded image model: it reads, then every patch carries the picture's caption.
 
     loss = CE(word | patch) + 0.5 CE(letter | patch)                               after the layer before the last
-         + CE(first word | patch) + CE(object | patch) + CE(style | patch)         after the last, two-word pictures
+         + sum over k in (first word, object, style) of CE(softmax(12 <f, c_k> / |c|^2))         after the last, two-word pictures
+         + mean (f - c_first - c_object - c_style)^2 / RMS(c)^2                  f = patch / SCALE - offset
 
 The local labels teach reading: the word and the letter at each patch. The background class is down-weighted to 0.2
-(most patches are empty). The global labels are the same for all patches of a picture: what it says as a whole and in
-which style. The towers of large models carry such global content in their patches too, and it is what makes a
-synthetic embedding resemble a real one: a gradient with respect to E then points at the same content in every patch
-(docs/LOG.md). The heads are thrown away afterwards.
+(most patches are empty). Their heads are thrown away afterwards.
+
+The caption is a sum of fixed codes, one for each word and style, as far from each other as the dimension allows; it is
+the same for all patches of a picture. So image and caption meet in one space, as in a contrastively trained tower
+(CLIP, arXiv 2103.00020), whose patches carry global content too. Two properties matter for synthetic embeddings
+(docs/LOG.md): the gradient with respect to E points at the same content in every patch, and because no two words share
+a direction, the direction that makes the model name a word is the direction in which pictures of that word lie.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import lightning as L
 import torch
@@ -21,6 +27,11 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedModel
 
 IGNORE = -100
+SCALE = 4.0
+"""Root mean square of a patch's offset after the last layer, near that of the layers before it."""
+CODE = 0.6
+"""Root mean square of one code, in units of `SCALE`."""
+SHARPNESS = 12.0
 
 
 class MicroTower(L.LightningModule):
@@ -28,11 +39,13 @@ class MicroTower(L.LightningModule):
 
     Args:
         n_words, n_letters: classes of the local labels; the last word and letter 0 are background.
-        n_first, n_objects, n_styles: classes of the global labels; the last of each is "nothing", or no known style.
+        n_first, n_objects, n_styles: codes of each kind; the last of each is "nothing", or no known style.
     """
 
     word_weight: torch.Tensor
     letter_weight: torch.Tensor
+    offset: torch.Tensor
+    codes: torch.Tensor
 
     def __init__(
         self,
@@ -42,7 +55,7 @@ class MicroTower(L.LightningModule):
         n_first: int,
         n_objects: int,
         n_styles: int,
-        total_steps: int = 3000,
+        total_steps: int = 4000,
         lr: float = 2e-3,
         weight_decay: float = 0.05,
     ) -> None:
@@ -50,11 +63,13 @@ class MicroTower(L.LightningModule):
         d = tower.config.hidden_size
         self.tower = tower
         self.word_head, self.letter_head = nn.Linear(d, n_words), nn.Linear(d, n_letters)
-        self.first_head, self.object_head = nn.Linear(d, n_first), nn.Linear(d, n_objects)
-        self.style_head = nn.Linear(d, n_styles)
         self.total_steps, self.lr, self.weight_decay = total_steps, lr, weight_decay
         self.register_buffer("word_weight", background_weight(n_words, n_words - 1), persistent=False)
         self.register_buffer("letter_weight", background_weight(n_letters, 0), persistent=False)
+        self.sizes = (n_first, n_objects, n_styles)
+        self.register_buffer("codes", CODE * d**0.5 * spread_codes(sum(self.sizes), d), persistent=False)
+        signs = torch.randn(d, generator=torch.Generator().manual_seed(1)).sign()
+        self.register_buffer("offset", signs, persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """pixels: [B, 3, H, W] in -1..1 -> patches before and after the last layer, each [B, patches, d]."""
@@ -69,24 +84,35 @@ class MicroTower(L.LightningModule):
         loss = loss_word + 0.5 * loss_letter
         logs = {"tower/word_loss": loss_word.detach(), "tower/letter_loss": loss_letter.detach()}
         if (chosen := batch["first"] != IGNORE).any():
-            patches = whole[chosen]  # [pictures, patches, d]
-            heads = {"first": self.first_head, "object": self.object_head, "style": self.style_head}
-            losses = [every_patch(head(patches), batch[name][chosen]) for name, head in heads.items()]
-            whole_loss = torch.stack(losses).sum()
-            loss = loss + len(patches) / len(whole) * whole_loss
-            logs["tower/whole_loss"] = whole_loss.detach()
+            labels = [batch[name][chosen] for name in ("first", "object", "style")]
+            caption_loss = self.caption_loss(whole[chosen], labels)
+            loss = loss + caption_loss
+            logs["tower/caption_loss"] = caption_loss.detach()
         inked = (batch["words"] >= 0) & (batch["words"] < words.shape[-1] - 1)
         accuracy = (words.argmax(-1) == batch["words"])[inked].float().mean()
         self.log_dict({"tower/loss": loss.detach(), **logs})
         self.log("tower/patch_accuracy", accuracy, prog_bar=True)
         return loss
 
+    def caption_logits(self, whole: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Patches after the last layer, [B, patches, d] -> (f of the formula, logits [B, patches, classes] of each k)."""
+        f = whole / SCALE - self.offset
+        logits = SHARPNESS * f @ self.codes.T / (CODE**2 * f.shape[-1])
+        return f, logits.split(self.sizes, dim=-1)
+
+    def caption_loss(self, whole: torch.Tensor, labels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The last two lines of the formula; `labels` [B] of first word, object and style."""
+        f, logits = self.caption_logits(whole)
+        target = sum(codes[label] for codes, label in zip(self.codes.split(self.sizes), labels, strict=True))
+        apart = (f - target[:, None]).square().mean() / CODE**2  # type: ignore[index]  # sum of tensors, not 0
+        return apart + sum(every_patch(each, label) for each, label in zip(logits, labels, strict=True))
+
     @torch.no_grad()
     def named_by_patches(self, pixels: torch.Tensor, first: torch.Tensor, thing: torch.Tensor) -> torch.Tensor:
         """Share of patches that name both words, [B]; `first` and `thing` are their classes, [B]."""
-        _, whole = self(pixels)
-        hit = self.first_head(whole).argmax(-1) == first[:, None]
-        return (hit & (self.object_head(whole).argmax(-1) == thing[:, None])).float().mean(1)
+        firsts, things, _ = self.caption_logits(self(pixels)[1])[1]
+        hit = (firsts.argmax(-1) == first[:, None]) & (things.argmax(-1) == thing[:, None])
+        return hit.float().mean(1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
@@ -106,3 +132,15 @@ def background_weight(n: int, background: int, weight: float = 0.2) -> torch.Ten
     out = torch.ones(n)
     out[background] = weight
     return out
+
+
+def spread_codes(n: int, d: int, seed: int = 0, rounds: int = 200) -> torch.Tensor:
+    """`n` unit vectors in `d` dimensions that are nearly orthogonal, [n, d]; exactly so if n <= d.
+
+    Alternates between the nearest tight frame and unit norms (arXiv math/0306007, section III).
+    """
+    codes = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for _ in range(rounds):
+        u, _, v = torch.linalg.svd(F.normalize(codes, dim=-1), full_matrices=False)
+        codes = u @ v
+    return F.normalize(codes, dim=-1).float()

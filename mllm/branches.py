@@ -3,8 +3,8 @@
 The embedding (hundreds of tokens) and the text before it are the same for the content and the style sample of SEA
 (arXiv 2502.12562), and for the chosen and the rejected answer of DPO. *Packed*, the default, puts them in one row
 behind one prefix (`packing.py`); *plain* runs each full sequence as its own row and is the oracle: same logits, same
-gradients. Only the outputs that predict a target reach the output embedding, the largest saving where the vocabulary is
-large.
+gradients. Only the outputs that predict a target go through the last layer's MLP and reach the output embedding: the
+largest saving where the vocabulary is large, or the model has few layers.
 
     forward = BranchForward(model, anchor)
     plan = forward.plan([split_shared([(ids1, target1), (ids2, target2)], anchor.media_token_ids), ...])
@@ -90,6 +90,7 @@ class BranchForward:
         if self.base.get_output_embeddings() is None:
             raise ValueError(f"{self._name} has no output embedding, expected a causal language model")
         self._layouts = PrefixLayouts(self.base, anchor)
+        self._last_mlp = last_mlp(self.base)
         self._text_config = self.base.config.get_text_config()
         self._tried: set[bool] = set()
         self._told: set[str] = set()
@@ -164,6 +165,7 @@ class BranchForward:
             if E is not None:
                 assert self.anchor is not None
                 stack.enter_context(self.anchor.inject(self._for_rows(E, plan), len(rows.ids)))
+            stack.enter_context(self._last_mlp_at(rows))
             stack.enter_context(self._logits_at(rows.row, rows.column))
             logits = self.model(**plan.inputs).logits[0]
         return BranchLogits(logits, rows.labels, rows.item, rows.branch)
@@ -181,6 +183,32 @@ class BranchForward:
             yield
         finally:
             handle.remove()
+
+    @contextlib.contextmanager
+    def _last_mlp_at(self, rows: Rows) -> Iterator[None]:
+        """Inside, the last layer's MLP works on the places that predict a target and gives zero elsewhere, where nothing
+        looks any more: after that layer no place sees another. Not under gradient checkpointing, which runs the layer
+        again after this context has ended."""
+        if self._last_mlp is None or (self.base.training and self.base.is_gradient_checkpointing):
+            yield
+            return
+        width = rows.ids.shape[1]
+        # Each place once: two branches' first targets are predicted by the same token, the last of the prefix.
+        places = torch.unique(rows.row * width + rows.column)
+
+        def gather(module: nn.Module, args: tuple) -> tuple:
+            return (args[0].flatten(0, 1)[places][None], *args[1:])
+
+        def scatter(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+            whole = out.new_zeros(rows.ids.numel(), out.shape[-1]).index_copy(0, places, out[0])
+            return whole.view(*rows.ids.shape, -1)
+
+        handles = [self._last_mlp.register_forward_pre_hook(gather), self._last_mlp.register_forward_hook(scatter)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _for_rows(self, E: Tensor | Mapping[str, Tensor], plan: Plan) -> Tensor | Mapping[str, Tensor]:
         """The plain rows of one item share its E; their gradients add up in it."""
@@ -276,3 +304,15 @@ class BranchForward:
         if isinstance(pad, int) and 0 <= pad < self._text_config.vocab_size and pad not in taken:
             return pad
         return next(i for i in range(len(taken) + 1) if i not in taken)
+
+
+def last_mlp(base: Any) -> nn.Module | None:
+    """The MLP of the decoder's last layer, where the decoder has a list `layers` of layers with a module `mlp`, and it
+    is a plain one: a mixture of experts counts its tokens."""
+    children = dict(base.get_decoder().named_children())
+    layers = children.get("layers")
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        return None
+    mlp = dict(layers[-1].named_children()).get("mlp")
+    experts = mlp is not None and any(name.endswith(("experts", "router")) for name, _ in mlp.named_modules())
+    return None if experts else mlp
