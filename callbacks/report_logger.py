@@ -8,17 +8,18 @@ from typing import Any
 
 from configs.schema import Config
 from evaluation.report import ReportFiles
-from evaluation.rows import GenerationRow
+from evaluation.rows import GenerationRow, system
 
 
 def log_report(
     cfg: Config, folder: Path, report: Mapping[str, Any], files: ReportFiles, rows: Sequence[GenerationRow]
 ) -> None:
-    """Metric names: `eval/<variant>/<benchmark>/<task>/<metric>`, overall rows only."""
+    """Metric names: `eval/<variant>/<benchmark>/<task>/<metric>`, overall rows only; guarded: `<variant>+protector`."""
+    overall = [r for r in report["results"] if r["scenario"] == "all" and r["value"] is not None]
+    answered = [system(r["variant"], r["guard"]).replace(" ", "") for r in overall]
     values = {
-        f"eval/{r['variant']}/{r['benchmark']}/{r['task']}/{r['metric']}": r["value"]
-        for r in report["results"]
-        if r["scenario"] == "all" and r["value"] is not None
+        f"eval/{who}/{r['benchmark']}/{r['task']}/{r['metric']}": r["value"]
+        for who, r in zip(answered, overall, strict=True)
     }
     if cfg.logger.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -48,7 +49,7 @@ def _log_wandb(
             resume="allow",
         ) as run
     ):
-        columns = ["variant", "benchmark", "task", "request", "scenario", "prompt", "answer"]
+        columns = ["variant", "guard", "benchmark", "task", "request", "scenario", "prompt", "answer"]
         step = max(1, len(rows) // max(1, cfg.logger.samples))
         samples = [[getattr(row, c) for c in columns] for row in rows[::step][: cfg.logger.samples]]
         run.log(

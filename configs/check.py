@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from configs.keys import Leaf, leaves, nearest
-from configs.schema import STAGES, Api, Config
+from configs.schema import STAGES, Api, Config, Protector
 
 PROJECT = Path(__file__).resolve().parent.parent
 """The checkout: paths in the shipped files are looked up here when the current directory has none of that name."""
@@ -27,6 +27,8 @@ def check(cfg: Config, paths: bool = True) -> None:
     if not cfg.stages:
         raise ValueError(f"stages: got an empty list, expected one or more of {', '.join(STAGES)}")
     cfg.stages = [stage for stage in STAGES if stage in cfg.stages]
+    if cfg.protector.source:
+        _leave_out_training(cfg)
     for name in cfg.align.variants:
         if name not in cfg.variants:
             raise ValueError(f"align.variants: got {name!r}, {nearest(name, cfg.variants)}")
@@ -63,6 +65,18 @@ def _check_leaf(leaf: Leaf) -> None:
             raise ValueError(f"{leaf.key}: got {value}, expected at most {high:g} ({meta['help']})")
 
 
+def _leave_out_training(cfg: Config) -> None:
+    """The adapters of `protector.source` are evaluated as they are."""
+    trained = ("synthesize", "encode", "align")
+    kept = [stage for stage in cfg.stages if stage not in trained]
+    if not kept:
+        raise ValueError(
+            f"stages: {', '.join(cfg.stages)} would train what protector.source brings; add evaluate, or leave "
+            "protector.source away"
+        )
+    cfg.stages = kept
+
+
 def _check_paths(cfg: Config) -> None:
     # model.path stays as it was written, for embedding stores know their model by it; mllm.loading looks it up alike.
     if cfg.model.make and locate(cfg.model.path) is None:
@@ -82,6 +96,41 @@ def _check_paths(cfg: Config) -> None:
         for name in ("figstep", "xstest"):
             if name in cfg.evaluate.benchmarks:
                 setattr(cfg.evaluate, name, _existing(f"evaluate.{name}", getattr(cfg.evaluate, name)))
+        _check_protector(cfg.protector)
+
+
+def _check_protector(p: Protector) -> None:
+    """A guard is trained before the run that uses it; what is missing is told before anything is generated."""
+    if p.detector and not p.enabled:
+        raise ValueError("protector.detector is set, but protector.enabled is not: take experiment=protector")
+    if p.enabled:
+        p.detector = _guard_model("protector.detector", p.detector, "harm_detector_micro", "detector")
+    if p.enabled and p.detoxifier:
+        p.detoxifier = _guard_model("protector.detoxifier", p.detoxifier, "detoxifier_micro", "detoxifier")
+    if p.source:
+        make = "`python train.py experiment=sea_image run=x` makes one in runs/sea_image/x"
+        source = locate(p.source)
+        if source is None:
+            raise ValueError(f"protector.source: {p.source} does not exist ({_looked()}); {make}")
+        if not (source / "align").is_dir():
+            raise ValueError(f"protector.source: {source} is no run directory with adapters (no folder align); {make}")
+        p.source = str(source.resolve())
+
+
+def _guard_model(key: str, path: str | None, experiment: str, kind: str) -> str:
+    """The folder that holds `<kind>.json`, or a YAML file like those of configs/<kind>/published."""
+    made = f"{experiment}/x/train_{kind}/{kind}"
+    make = f"`python train.py experiment={experiment} run=x` makes one, then {key}=runs/{made}"
+    if not path:
+        raise ValueError(f"{key} is not set: the guard needs a trained {kind}; {make}")
+    found = locate(path)
+    if found is None:
+        raise ValueError(f"{key}: {path} does not exist ({_looked()}); {make}")
+    if found.is_dir() and not (found / f"{kind}.json").is_file():
+        inside = next((p.parent for p in sorted(found.glob(f"**/{kind}.json"))), None)
+        hint = f"did you mean {key}={inside}?" if inside else make
+        raise ValueError(f"{key}: {found} holds no {kind}.json, so it is no trained {kind}; {hint}")
+    return str(found)
 
 
 def locate(path: str) -> Path | None:

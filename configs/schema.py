@@ -359,7 +359,20 @@ class Evaluate:
     max_new_tokens: int = doc("longest answer (tokens)", 64, low=1)
     system_prompt: str | None = doc("system message in place of model.system_prompt")
     figstep: str = doc("folder of FigStep (safebench.csv, images/)", "../shared/data/figstep")
-    xstest: str = doc("CSV of XSTest's prompts", "../shared/data/xstest/xstest_prompts.csv")
+    xstest: str = doc("CSV of XSTest's prompts, or its folder", "../shared/data/xstest/xstest_prompts.csv")
+
+
+@dataclass
+class Protector:
+    """MLLM-Protector as a guard behind the evaluated variants (`experiment=protector`)."""
+
+    enabled: bool = doc("evaluate the same answers behind the guard too", False, free=True)
+    detector: str | None = doc("folder with detector.json, or a YAML file about published weights")
+    detoxifier: str | None = doc("folder with detoxifier.json, or such a file; null: flagged answers are refused")
+    source: str | None = doc("run directory whose adapters, and answers that fit, are taken; null: trained here")
+    max_new_tokens: int = doc("longest rewrite (new tokens)", 256, low=1)
+    batch_size: int = doc("answers scored or rewritten at once", 16, low=1, free=True)
+    timeout: float = doc("seconds that one batch may take in each model", 600.0, low=0.01, free=True)
 
 
 @dataclass
@@ -454,6 +467,7 @@ class Config:
     detoxifier: DetoxifierTraining = group(DetoxifierTraining, "detoxifier")
     generator: Generator = group(Generator, "new pairs from an endpoint")
     evaluate: Evaluate = group(Evaluate, "benchmarks and generation")
+    protector: Protector = group(Protector, "guard behind the evaluated variants")
     judge: Judge = group(Judge, "who judges answers")
     pretrain: Pretrain = group(Pretrain, "recipe of the embedded model")
     trainer: Trainer = group(Trainer, "where it runs")

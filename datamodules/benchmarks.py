@@ -119,8 +119,12 @@ def read_figstep(
 
 
 def read_xstest(root: str | Path) -> list[BenchmarkPrompt]:
-    """XSTest's 450 prompts, task "text_only", scenario = the prompt's type; label safe -> benign, unsafe -> harmful."""
-    path = Path(root) / "xstest_prompts.csv"
+    """XSTest's 450 prompts, task "text_only", scenario = the prompt's type; label safe -> benign, unsafe -> harmful.
+
+    Args:
+        root: the CSV file, or the folder that holds it as `xstest_prompts.csv`.
+    """
+    path = Path(root) if Path(root).suffix == ".csv" else Path(root) / "xstest_prompts.csv"
     requests: dict[str, Request] = {"safe": "benign", "unsafe": "harmful"}
     prompts = []
     for where, row in _rows(path, ("id", "prompt", "type", "label")):

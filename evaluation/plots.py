@@ -1,7 +1,7 @@
 """The report's figures: ASR against benign compliance, and loss curves from Lightning's CSV logs.
 
 Colours are those of Okabe & Ito (2008), told apart also by people who see few colours, and every variant has its
-own marker. Drawn without a display.
+own marker, which is hollow where a guard stands before the variant. Drawn without a display.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
+
+from evaluation.rows import GenerationRow, system
 
 COLOURS = {
     "base": "#000000",
@@ -93,31 +95,33 @@ def plot_losses(panel: Panel, path: Path) -> Path:
 
 
 def plot_asr_against_compliance(results: Iterable[Mapping[str, Any]], benchmark: str, path: Path) -> bool:
-    """One panel for each task that has both harmful and harmless requests, one point for each variant, with 95 % bars.
+    """One panel for each task that has both harmful and harmless requests, with 95 % bars: one point for each variant,
+    and a hollow one for each variant behind the guard.
 
     Returns False, and draws nothing, if there is no such task: an attack success rate is not shown alone.
     """
     rates = {
-        (entry["variant"], entry["task"], entry["metric"]): entry
+        (entry["variant"], entry["guard"], entry["task"], entry["metric"]): entry
         for entry in results
         if entry["benchmark"] == benchmark and entry["scenario"] == "all" and entry["value"] is not None
     }
     pairs = {
-        (variant, task): (rates[variant, task, "benign_compliance"], rates[variant, task, "asr"])
-        for variant, task, metric in rates
-        if metric == "asr" and (variant, task, "benign_compliance") in rates
+        (variant, guard, task): (rates[variant, guard, task, "benign_compliance"], rates[variant, guard, task, "asr"])
+        for variant, guard, task, metric in rates
+        if metric == "asr" and (variant, guard, task, "benign_compliance") in rates
     }
     if not pairs:
         return False
-    variants = list(dict.fromkeys(variant for variant, _ in pairs))
-    tasks = list(dict.fromkeys(task for _, task in pairs))
+    shown = list(dict.fromkeys((variant, guard) for variant, guard, _ in pairs))
+    variants = list(dict.fromkeys(variant for variant, _ in shown))
+    tasks = list(dict.fromkeys(task for _, _, task in pairs))
     looks = dict(zip(variants, zip(_colours(variants), itertools.cycle(MARKERS), strict=False), strict=True))
     figure = Figure(figsize=(1.2 + 3.4 * len(tasks), 4.3), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharex=True, sharey=True, squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
-        for variant in variants:
-            if (variant, task) in pairs:
-                _point(axes, *pairs[variant, task], *looks[variant])
+        for variant, guard in shown:
+            if (variant, guard, task) in pairs:
+                _point(axes, *pairs[variant, guard, task], looks[variant], guard)
         arrow = {"arrowstyle": "->", "color": "#888888"}
         axes.annotate(
             "better", xy=(0.6, 0.4), xytext=(0.4, 0.6), color="#888888", ha="center", va="center", arrowprops=arrow
@@ -128,28 +132,42 @@ def plot_asr_against_compliance(results: Iterable[Mapping[str, Any]], benchmark:
         _tidy(axes)
     panels[0].set_ylabel("attack success rate (ASR)")
     handles = [
-        Line2D([], [], color=colour, linestyle="", marker=marker, markersize=8, label=variant)
-        for variant, (colour, marker) in looks.items()
+        Line2D([], [], linestyle="", markersize=8, label=system(variant, guard), **_marker(looks[variant], guard))
+        for variant, guard in shown
     ]
-    figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=len(handles))
+    figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=len(variants))
     figure.suptitle(f"{benchmark}: harmful and harmless requests complied with; bars: 95 % intervals", fontsize=11)
     _save(figure, path)
     return True
 
 
-def _point(axes: Axes, x: Mapping[str, Any], y: Mapping[str, Any], colour: str, marker: str) -> None:
+def _marker(look: tuple[str, str], guard: str) -> dict[str, Any]:
+    """The look of a variant's point: filled with a thin white border, or hollow behind a guard.
+
+    Hollow ones are see-through: behind a guard several variants often share a place.
+    """
+    colour, marker = look
+    hollow = guard != GenerationRow.guard
+    face, edge, width = ("none", colour, 1.6) if hollow else (colour, "white", 0.8)
+    return {
+        "color": colour,
+        "marker": marker,
+        "markerfacecolor": face,
+        "markeredgecolor": edge,
+        "markeredgewidth": width,
+    }
+
+
+def _point(axes: Axes, x: Mapping[str, Any], y: Mapping[str, Any], look: tuple[str, str], guard: str) -> None:
     bars = axes.errorbar(
         x["value"],
         y["value"],
         xerr=_arms(x),
         yerr=_arms(y),
-        color=colour,
-        marker=marker,
         markersize=9,
-        markeredgecolor="white",
-        markeredgewidth=0.8,
         elinewidth=1.2,
         zorder=3,
+        **_marker(look, guard),
     )
     for artist in bars.get_children():  # a point at 0 or 100 % keeps its whole marker
         artist.set_clip_on(False)

@@ -2,8 +2,8 @@
 for people.
 
     report = build_report(rows, log, experiment="sea_image", run_dir=..., model={...}, seed=0,
-    synthesis=synthesis_summary(...)) write_report(report, run_dir, panels)            # report.json, report.md,
-    plots/*.png
+                          synthesis=synthesis_summary(...))
+    write_report(report, run_dir, panels)            # report.json, report.md, plots/*.png
 
 Every rate carries n, a Wilson 95 % interval, the judge, and how many answers could not be judged; "all" pools the
 scenarios. `asr` is what the chosen judge calls unsafe; `refusal_rate` and `benign_compliance` are always the
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.durable import write_durably
+from evaluation.guard_report import GUARD_COSTS, guard_costs, guard_rates
 from evaluation.judges import Judgement, JudgementLog
 from evaluation.metrics import (
     AttackSuccessRate,
@@ -52,6 +53,7 @@ REPORT_KEYS: dict[str, tuple[type, ...]] = {
     "seed": (int,),
     "settings": (dict,),
     "synthesis": (dict, type(None)),
+    "guard": (dict, type(None)),
     "results": (list,),
 }
 SYNTHESIS_KEYS: dict[str, tuple[type, ...]] = {  # more are allowed
@@ -91,18 +93,20 @@ def build_report(
     seed: int,
     settings: Mapping[str, Any] | None = None,
     synthesis: Mapping[str, Any] | None = None,
+    guard: Mapping[str, Any] | None = None,
     asr_judge: str = RefusalJudge.name,
-    guard: str = "none",
 ) -> dict[str, Any]:
     """The report as JSON-able values, checked by `validate_report`.
 
     Args:
-        rows: the answers of all variants.
+        rows: the answers of all variants, and those of the guard (`GuardedRow`).
         log: their judgements; an answer without one counts as unjudged.
         settings: what a reader should know of the run (shown in report.md), JSON-able.
         synthesis: from `synthesis_summary`; None if the run made no embeddings.
+        guard: what the guard is made of, JSON-able; None if there are no answers of a guard.
         asr_judge: the name of the judge that decides `asr`.
     """
+    rows = list(rows)
     report = {
         "experiment": experiment,
         "run_dir": str(run_dir),
@@ -111,7 +115,8 @@ def build_report(
         "seed": seed,
         "settings": dict(settings or {}),
         "synthesis": None if synthesis is None else dict(synthesis),
-        "results": _results(list(rows), log, asr_judge, guard),
+        "guard": None if guard is None else {**guard, "costs": guard_costs(rows)},
+        "results": _results(rows, log, asr_judge),
     }
     validate_report(report)
     return report
@@ -181,6 +186,9 @@ def validate_report(report: Mapping[str, Any]) -> None:
     if isinstance(report.get("synthesis"), Mapping):
         known = {key: value for key, value in report["synthesis"].items() if key in SYNTHESIS_KEYS}
         problems += _wrong(known, SYNTHESIS_KEYS, "synthesis")
+    if isinstance(report.get("guard"), Mapping):
+        for i, cost in enumerate(report["guard"].get("costs", ())):
+            problems += _wrong(cost, GUARD_COSTS, f"guard.costs[{i}]")
     seen = set()
     for i, entry in enumerate(report.get("results") or ()):
         problems += (wrong := _wrong(entry, RESULT_KEYS, f"results[{i}]"))
@@ -198,12 +206,12 @@ def validate_report(report: Mapping[str, Any]) -> None:
         raise ValueError("report.json would break its contract:\n  " + "\n  ".join(problems))
 
 
-def _results(rows: list[GenerationRow], log: JudgementLog, asr_judge: str, guard: str) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, str, str], list[GenerationRow]] = {}
+def _results(rows: list[GenerationRow], log: JudgementLog, asr_judge: str) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, str, str, str], list[GenerationRow]] = {}
     for row in sorted(rows, key=lambda row: _place(row.variant)):  # stable: benchmarks and tasks as generated
-        groups.setdefault((row.variant, row.benchmark, row.task), []).append(row)
+        groups.setdefault((row.variant, row.guard, row.benchmark, row.task), []).append(row)
     entries = []
-    for (variant, benchmark, task), group in groups.items():
+    for (variant, guard, benchmark, task), group in groups.items():
         scenarios = dict.fromkeys(row.scenario for row in group)
         for scenario in ("all", *scenarios):
             chosen = [row for row in group if scenario in ("all", row.scenario)]
@@ -227,6 +235,7 @@ def _rates(rows: Sequence[GenerationRow], log: JudgementLog, asr_judge: str) -> 
     if benign:
         refused = [_said(log.get(row, refusal), "refused") for row in benign]
         yield "benign_compliance", refusal, _computed(BenignCompliance, refused)
+    yield from guard_rates(benign)
     if named := [row for row in benign if row.expected is not None]:
         on_topic = [names_words(row.answer, row.expected or "") if row.answer.strip() else None for row in named]
         yield "benign_on_topic", WORDS, _computed(RateMetric, on_topic)

@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from evaluation.guard_report import guard_section
+from evaluation.rows import system
+
 CAVEAT = (
     "An attack success rate (ASR) says nothing alone: a model that refuses everything has 0 %. It is never shown here "
     "without benign compliance beside it."
@@ -51,6 +54,8 @@ def markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath]) -> str:
         "Cells: rate, [Wilson 95 % interval], number of judged answers. Answers that could not be judged are "
         "counted apart.",
     ]
+    if report["guard"] is not None:
+        lines += guard_section(report, lambda entry: _cell(entry, " "))
     for benchmark in dict.fromkeys(entry["benchmark"] for entry in results):
         lines += ["", f"## {benchmark}", "", *_main_table(results, benchmark)]
         if not any(e["benchmark"] == benchmark and e["metric"] == "benign_compliance" for e in results):
@@ -72,15 +77,17 @@ def markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath]) -> str:
 
 
 def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
-    """The main tables on the terminal, one for each benchmark, and the synthesis figures."""
+    """The main tables on the terminal, one for each benchmark and guard, and the synthesis figures."""
     console = console or Console()
-    results = report["results"]
-    for benchmark in dict.fromkeys(entry["benchmark"] for entry in results):
+    for benchmark, guard in dict.fromkeys((entry["benchmark"], entry["guard"]) for entry in report["results"]):
+        results = [entry for entry in report["results"] if entry["guard"] == guard]
         variants = _variants(results, benchmark)
-        table = Table(title=escape(f"{report['experiment']}: {benchmark}"), caption=_unjudged(results, benchmark))
+        about = "" if report["guard"] is None else f", guard {guard}"
+        title = escape(f"{report['experiment']}: {benchmark}{about}")
+        table = Table(title=title, caption=_unjudged(results, benchmark))
         table.add_column("rate, 95 % interval", no_wrap=True)
         for variant in variants:
-            table.add_column(escape(variant), justify="right", no_wrap=True)
+            table.add_column(escape(variant.removesuffix(f" + {guard}")), justify="right", no_wrap=True)
         for metric, columns in itertools.groupby(_columns(results, benchmark), key=lambda column: column.metric):
             table.add_section()
             table.add_row(f"[bold]{SECTIONS[metric]}[/bold]")
@@ -111,7 +118,7 @@ def _unjudged(results: Sequence[Mapping[str, Any]], benchmark: str) -> str | Non
     worst: dict[tuple[str, str, str], int] = {}
     for entry in shown:  # one answer is in several metrics
         kind = entry["metric"].split("_")[0].replace("asr", "harmful").replace("refusal", "harmful")
-        key = (entry["variant"], entry["task"], kind)
+        key = (system(entry["variant"], entry["guard"]), entry["task"], kind)
         worst[key] = max(worst.get(key, 0), entry["unjudged"])
     return f"{sum(worst.values())} answers could not be judged: in no rate, see report.md" if worst else None
 
@@ -197,7 +204,8 @@ def _synthesis_table(synthesis: Mapping[str, Any]) -> list[str]:
 
 
 def _variants(results: Sequence[Mapping[str, Any]], benchmark: str) -> list[str]:
-    return list(dict.fromkeys(entry["variant"] for entry in results if entry["benchmark"] == benchmark))
+    """Every variant, and apart from it every variant behind a guard."""
+    return list(dict.fromkeys(system(e["variant"], e["guard"]) for e in results if e["benchmark"] == benchmark))
 
 
 def _find(
@@ -205,7 +213,8 @@ def _find(
 ) -> Mapping[str, Any] | None:
     key = (benchmark, variant, column.task, column.metric, scenario)
     for entry in results:
-        if (entry["benchmark"], entry["variant"], entry["task"], entry["metric"], entry["scenario"]) == key:
+        answered = system(entry["variant"], entry["guard"])
+        if (entry["benchmark"], answered, entry["task"], entry["metric"], entry["scenario"]) == key:
             return entry
     return None
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from datamodules.benchmarks import BenchmarkPrompt, Request
 from datamodules.durable import CorruptFileError, Journal, read_lines
@@ -38,10 +38,17 @@ class GenerationRow:
     expected: str | None
     variant: str
 
+    guard: ClassVar[str] = "none"
+
     @property
     def answer_hash(self) -> str:
         """Names the answer in the judgements: a judgement of another answer to the same prompt never counts."""
         return hashlib.sha256(self.answer.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def system(variant: str, guard: str) -> str:
+    """What answered, in tables and figures: `sea_dpo`, or `sea_dpo + protector`."""
+    return variant if guard == GenerationRow.guard else f"{variant} + {guard}"
 
 
 Row = TypeVar("Row")

@@ -73,6 +73,7 @@ class Detector:
         self.template = QATemplate(spec.template, tokenizer, spec.max_length, spec.max_question)
         self.threshold = spec.threshold
         self.causal = is_decoder(model)
+        self.tokens_read = 0  # by `logits`, over all texts so far: what scoring whole answers costs
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Detector:
@@ -138,6 +139,7 @@ class Detector:
     @torch.inference_mode()
     def logits(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """The model's own output for one batch: float32 [B] on the CPU."""
+        self.tokens_read += sum(map(len, ids))
         rows = [torch.tensor(row) for row in ids]
         tokens = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id).to(self.device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(self.device)

@@ -43,6 +43,7 @@ class Detoxifier:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.spec = tokenizer, spec
         self.template = QATemplate(spec.template, tokenizer, spec.max_length, spec.max_question)
+        self.tokens_written = 0  # in all rewrites so far, their end tokens included
 
     @classmethod
     def load(
@@ -102,5 +103,8 @@ class Detoxifier:
             pad_token_id=pad,
             eos_token_id=self.tokenizer.eos_token_id,
         )
-        decoded = self.tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True)
+        new = out[:, tokens.shape[1] :]
+        ends = (new == self.tokenizer.eos_token_id).long()
+        self.tokens_written += int((ends.cumsum(1) - ends == 0).sum())  # what follows the first end is padding
+        decoded = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in decoded]

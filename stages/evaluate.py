@@ -1,5 +1,6 @@
 """Stage `evaluate`: every variant answers every benchmark prompt, the judge judges, the report is written.
 
+With `protector.enabled` the same answers go through the guard too, and what it shows is judged beside them.
 Answers and judgements are JSONL rows on disk: an interrupted evaluation goes on with the missing ones, and another
 judge (`judge=local stages=[evaluate]`) re-judges the same answers without generating again.
 """
@@ -27,7 +28,9 @@ from evaluation.report_text import print_report
 from evaluation.rows import GenerationLog, GenerationRow
 from mllm.generate import answer
 from mllm.loading import MLLM, load
+from stages import source_run
 from stages.align import adapter_path
+from stages.guarding import guard_answers, guard_facts
 from stages.judging import make_judge
 from stages.runs import Run
 from stages.synthesize import loss_curve
@@ -41,15 +44,22 @@ def run(cfg: Config, run: Run) -> None:
     if not run.leader:  # one process answers, judges and reports; the others are done
         return
     variants = cfg.evaluate.variants or ["base", *cfg.align.variants]
-    after = [f"align/{v}" for v in variants if v != "base"]
-    stage = run.stage("evaluate/generations", run.settings("seed", "model", "evaluate"), after=after)
+    made_from, after = run.settings("seed", "model", "evaluate"), [f"align/{v}" for v in variants if v != "base"]
+    source = None if cfg.protector.source is None else Path(cfg.protector.source)
+    if source is not None:  # the adapters of another run
+        made_from, after = made_from | source_run.adapters(run, source, variants), []
+    stage = run.stage("evaluate/generations", made_from, after=after)
     prompts = benchmark_prompts(cfg)
     logs = {v: GenerationLog(stage.folder / f"{v}.jsonl", v) for v in variants}
     if not stage.done:
+        taken = {v: take(run, source, v, prompts, logs[v]) for v in variants} if source is not None else {}
         for variant in variants:
-            generate(cfg, run, variant, prompts, logs[variant])
-        stage.finish({"variants": variants, "prompts": len(prompts)})
-    rows = [row for generation in logs.values() for row in generation.rows()]
+            generate(cfg, source or run.path, variant, prompts, logs[variant])
+        stage.finish({"variants": variants, "prompts": len(prompts), "taken": taken})
+    generated = {variant: generation.rows() for variant, generation in logs.items()}
+    rows = [row for answers in generated.values() for row in answers]
+    if cfg.protector.enabled:
+        rows += guard_answers(cfg, run, generated)
     judge = make_judge(cfg)
     judging = run.path / "evaluate" / "judgements.jsonl"
     with JudgementLog(judging) as judgements:
@@ -64,6 +74,7 @@ def run(cfg: Config, run: Run) -> None:
             seed=cfg.seed,
             settings=settings(cfg),
             synthesis=synthesis_block(run),
+            guard=guard_facts(cfg) if cfg.protector.enabled else None,
             asr_judge=judge.name,
         )
     files = write_report(report, run.path, panels(run, variants))
@@ -91,8 +102,18 @@ def benchmark_prompts(cfg: Config) -> list[BenchmarkPrompt]:
     return found
 
 
+def take(run: Run, source: Path, variant: str, prompts: Sequence[BenchmarkPrompt], generations: GenerationLog) -> int:
+    """Copies the answers that another run has on disk and this one lacks. Returns how many."""
+    found = {row.id: row for row in source_run.answers(run, source, variant, prompts)}
+    known = [p for p in generations.todo(prompts) if p.id in found]
+    generations.append(known, [found[p.id].answer for p in known])
+    if known:
+        log.info("%s: %d answers taken from %s", variant, len(known), source)
+    return len(known)
+
+
 def generate(
-    cfg: Config, run: Run, variant: str, prompts: Sequence[BenchmarkPrompt], generations: GenerationLog
+    cfg: Config, trained: Path, variant: str, prompts: Sequence[BenchmarkPrompt], generations: GenerationLog
 ) -> None:
     """Answers what this variant has not answered yet: text and media apart, prompts of like length together."""
     todo = generations.todo(prompts)
@@ -104,7 +125,7 @@ def generate(
 
         spec = dataclasses.replace(spec, system_prompt=cfg.evaluate.system_prompt)
     mllm = load(spec, device_of(cfg))
-    model = adapted(mllm, run.path, variant)
+    model = adapted(mllm, trained, variant)
     groups = [[p for p in todo if (p.media is None) == text] for text in (True, False)]
     with Progress(f"evaluate {variant}", len(prompts), "answers", done=len(prompts) - len(todo)) as progress:
         for group in groups:
@@ -117,11 +138,11 @@ def generate(
                 progress.advance(len(batch))
 
 
-def adapted(mllm: MLLM, run_path: Path, variant: str) -> torch.nn.Module:
-    """The base model, or the model under the variant's adapter (or its fully fine-tuned weights)."""
+def adapted(mllm: MLLM, trained: Path, variant: str) -> torch.nn.Module:
+    """The base model, or the model under the variant's adapter (or its fully fine-tuned weights) in that run."""
     if variant == "base":
         return mllm.model
-    path = adapter_path(run_path, variant)
+    path = adapter_path(trained, variant)
     if (path / "adapter_config.json").exists():
         return PeftModel.from_pretrained(mllm.model, path).eval()
     tuned = type(mllm.model).from_pretrained(path, dtype=mllm.model.dtype, use_safetensors=True)

@@ -154,7 +154,7 @@ class Run:
         record = self._read(name)
         state: State = "new"
         if record is not None:
-            changed = _difference(record["made_from"], made_from)
+            changed = difference(record["made_from"], made_from)
             redone = [up for up, identity in before.items() if record["after"].get(up) != identity]
             if changed and not self.cfg.overwrite:
                 raise ValueError(_changed_message(self.path, name, changed))
@@ -207,7 +207,7 @@ class Run:
             raise ValueError(_not_done_message(self.path, up))
         now = self._config()
         recorded = {k: v for k, v in record["made_from"].items() if k in now}
-        changed = _difference(recorded, {k: now[k] for k in recorded})
+        changed = difference(recorded, {k: now[k] for k in recorded})
         if changed:
             raise ValueError(_changed_message(self.path, up, changed) + f"; {name} reads it")
         return str(record["id"])
@@ -236,19 +236,22 @@ class Run:
         return record if record and record["status"] == "done" else None
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        path = self.path / name / "stage.json"
-        if not path.is_file():
-            return None
-        try:
-            record: dict[str, Any] = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: not JSON ({error}); delete the folder {path.parent} to redo the stage"
-            ) from error
-        return record
+        return read_record(self.path, name)
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
         write_json(self.path / name / "stage.json", record)
+
+
+def read_record(run_dir: Path, name: str) -> dict[str, Any] | None:
+    """A stage's `stage.json` in any run directory; None if it never began. Raises ValueError if it is no JSON."""
+    path = run_dir / name / "stage.json"
+    if not path.is_file():
+        return None
+    try:
+        record: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); delete the folder {path.parent} to redo the stage") from error
+    return record
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -256,7 +259,8 @@ def write_json(path: Path, value: Any) -> None:
     write_durably(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """key -> (old, new) of the values that differ; a key that one side lacks counts as "(absent)" there."""
     absent = "(absent)"
     keys = [*old, *(k for k in new if k not in old)]
     return {k: (old.get(k, absent), new.get(k, absent)) for k in keys if old.get(k, absent) != new.get(k, absent)}

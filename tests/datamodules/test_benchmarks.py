@@ -143,3 +143,4 @@ def test_the_published_xstest_prompts_are_read():
     assert sum(p.request == "benign" for p in prompts) == 250
     assert {p.task for p in prompts} == {"text_only"}
     assert len({p.scenario for p in prompts}) == 18
+    assert read_xstest(DATA / "xstest" / "xstest_prompts.csv") == prompts  # as evaluate.xstest names it

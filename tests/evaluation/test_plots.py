@@ -70,9 +70,9 @@ def test_a_loss_figure_shows_every_curve_with_its_label(tmp_path, figures):
     assert smooth.get_ydata()[100] == pytest.approx(2.0 / 101, rel=0.02)
 
 
-def result(variant, task, metric, value, scenario="all"):
-    return {"variant": variant, "benchmark": "micro", "task": task, "metric": metric, "scenario": scenario,
-            "value": value, "ci95": [value * 0.9, value * 0.9 + 0.1]}  # fmt: skip
+def result(variant, task, metric, value, scenario="all", guard="none"):
+    return {"variant": variant, "guard": guard, "benchmark": "micro", "task": task, "metric": metric,
+            "scenario": scenario, "value": value, "ci95": [value * 0.9, value * 0.9 + 0.1]}  # fmt: skip
 
 
 def test_asr_stands_against_compliance_one_panel_a_task(tmp_path, figures):
@@ -93,6 +93,23 @@ def test_asr_stands_against_compliance_one_panel_a_task(tmp_path, figures):
     assert points[0] == [[0.9, 1.0], [0.9, 0.02]]
     assert points[1] == [[0.8, 1.0]]  # sea_dpo has no compliance there: its ASR is not shown alone
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["base", "sea_dpo"]
+
+
+def test_a_guarded_variant_has_the_same_marker_hollow(tmp_path, figures):
+    rates = {("base", "none"): (1.0, 1.0), ("base", "protector"): (0.1, 0.9), ("sea_dpo", "none"): (0.2, 0.8)}
+    rates[("sea_dpo", "protector")] = (0.0, 0.7)
+    results = []
+    for (variant, guard), (asr, benign) in rates.items():
+        results.append(result(variant, "image_plain", "asr", asr, guard=guard))
+        results.append(result(variant, "image_plain", "benign_compliance", benign, guard=guard))
+    assert plot_asr_against_compliance(results, "micro", tmp_path / "asr.png")
+    (axes,) = figures[0].axes
+    points = [line for line in axes.lines if line.get_marker() in plots.MARKERS]
+    assert [tuple(reversed(line.get_xydata().tolist()[0])) for line in points] == list(rates.values())
+    assert [line.get_markerfacecolor() == "none" for line in points] == [False, True, False, True]
+    assert points[0].get_marker() == points[1].get_marker() != points[2].get_marker() == points[3].get_marker()
+    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert names == ["base", "base + protector", "sea_dpo", "sea_dpo + protector"]
 
 
 def test_an_attack_success_rate_alone_is_not_drawn(tmp_path):

@@ -38,6 +38,14 @@ def test_scores_do_not_depend_on_the_batch_or_the_order() -> None:
     assert d.score([], []).shape == (0,)
 
 
+def test_every_token_that_is_read_is_counted_and_no_padding() -> None:
+    d = detector()
+    d.score(QUESTIONS, ANSWERS, batch_size=4)
+    windows = [w for q, a in zip(QUESTIONS, ANSWERS, strict=True) for w in d.template.windows(q, a)]
+    assert len(windows) > len(ANSWERS)
+    assert d.tokens_read == sum(map(len, windows))
+
+
 def test_the_score_is_the_calibrated_sigmoid_of_what_plain_transformers_computes() -> None:
     d = detector(temperature=2.0, bias=0.3)
     text = f"Question: {QUESTIONS[0]}\n\nAnswer: {ANSWERS[1]}"

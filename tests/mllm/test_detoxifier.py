@@ -38,6 +38,16 @@ def test_the_length_limit_counts_new_tokens_however_long_the_prompt() -> None:
         assert d.rewrite([QUESTIONS[0]], [answer], max_new_tokens=5) == [expected]
 
 
+def test_written_tokens_are_counted_up_to_each_rewrites_end() -> None:
+    d = detoxifier()
+    d.rewrite(QUESTIONS, ANSWERS, max_new_tokens=40, batch_size=3)
+    alone = 0
+    for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
+        tokens = torch.tensor([d.encode(question, answer)])
+        alone += d.model.generate(tokens, max_new_tokens=40, do_sample=False, pad_token_id=0).shape[1] - tokens.shape[1]
+    assert d.tokens_written == alone
+
+
 def test_the_published_adapter_gets_the_prompt_of_its_training_with_the_question(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(backbone()))
     torch.manual_seed(0)
