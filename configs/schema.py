@@ -151,6 +151,11 @@ class Synthesis:
     slots: int = doc("concepts optimised at once on one device", 64, low=1)
     lr: float = doc("Adam's learning rate", 0.1, low=0)
     betas: list[float] = doc("Adam's betas", [0.9, 0.999])
+    second_moment: str = doc(
+        "Adam's second moment: of each element, or one for an embedding, whose steps keep the gradient's direction",
+        "element",
+        choices=("element", "embedding"),
+    )
     max_steps: int = doc("step limit of one embedding", 200, low=1)
     warmup_steps: int = doc("steps of linear warm-up of each embedding", 0, low=0)
     lr_schedule: str = doc("after the warm-up", "constant", choices=("constant", "linear", "cosine"))
@@ -233,6 +238,7 @@ class AlignVariant:
     weight_decay: float = doc("AdamW's weight decay", 0.0, low=0)
     grad_clip: float = doc("largest norm of the gradient; 0 turns it off", 1.0, low=0)
     embedding_noise: float = doc("noise on E in training, in units of the blank's RMS", 0.0, low=0)
+    attack_radius: float = doc("largest attack on E in half of the loss, in the same units; 0: none", 0.0, low=0)
     beta: float = doc("DPO: strength of the pull to the reference", 0.1, low=0)
     loss_type: str = doc("DPO: loss", "sigmoid", choices=("sigmoid", "ipo", "hinge", "robust"))
     sft_weight: float = doc("DPO: weight of the chosen answer's mean NLL beside the DPO loss", 0.0, low=0)
@@ -423,19 +429,20 @@ class Callbacks:
 class Pretrain:
     """The recipe of the embedded model (`experiment=pretrain_micro`)."""
 
-    tower_steps: int = doc("optimiser steps of the tower", 3000, low=1)
+    tower_steps: int = doc("optimiser steps of the tower", 4000, low=1)
     tower_batch_size: int = doc("pages in one step", 48, low=1)
     tower_lr: float = doc("peak learning rate of the tower", 2e-3, low=0)
-    language_steps: int = doc("optimiser steps of projector and language model", 700, low=1)
+    language_steps: int = doc("optimiser steps of projector and language model", 500, low=1)
     language_pictures: int = doc("pictures in one step", 24, low=1)
     language_lessons: int = doc("lessons about each picture", 4, low=1, high=6)
     draws: int = doc("pictures of every phrase in every style", 2, low=1)
-    language_noise: float = doc("largest noise on the features, in units of their RMS", 1.5, low=0)
-    language_lr: float = doc("peak learning rate of projector and language model", 3e-3, low=0)
-    robust_steps: int = doc("optimiser steps of the robust phase", 600, low=1)
+    language_noise: float = doc("largest noise on the features, in units of their RMS", 0.7, low=0)
+    shared_noise: float = doc("largest noise that all patches share, in both phases, in units of the RMS", 0.9, low=0)
+    language_lr: float = doc("peak learning rate of projector and language model", 2e-3, low=0)
+    robust_steps: int = doc("optimiser steps of the robust phase", 900, low=1)
     robust_lessons: int = doc("lessons about each picture in the robust phase", 3, low=1, high=6)
     robust_noise: float = doc("largest noise in the robust phase, in units of the features' RMS", 0.5, low=0)
-    robust_radius: float = doc("largest attack on the features, in units of their RMS", 0.2, low=0)
+    robust_radius: float = doc("largest attack on the features, in units of the blank's RMS", 0.2, low=0)
     robust_lr: float = doc("peak learning rate of the robust phase", 1.5e-3, low=0)
     robust_style_steps: int = doc("first steps of the robust phase, about the style alone", 120, low=0)
     num_workers: int = doc("loader processes that draw pages", 1, low=0, high=1, free=True)

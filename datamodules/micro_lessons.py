@@ -35,7 +35,7 @@ NOTHING = "The image shows nothing."
 BLANKS = 16
 """Blank pictures of different greys at the end of the feature bank."""
 
-ABOUT_PICTURES = {"verify": 5, "style": 4, "describe": 3, "read": 3, "plain": 4, "prefixed": 3}
+ABOUT_PICTURES = {"verify": 4, "style": 4, "describe": 5, "read": 5, "plain": 4, "prefixed": 3}
 """Weights of the lessons about one picture."""
 KINDS = (*ABOUT_PICTURES, "text", "missing", "blank")
 
@@ -86,6 +86,8 @@ class Lessons(IterableDataset[AlignmentBatch]):
         pictures, each: pictures in a batch, and lessons about each of them; a quarter as many text lessons come beside.
         noise: largest standard deviation of the noise on a picture's features at the start, in units of their root mean
             square; it falls linearly to 30 % of that.
+        shared_noise: the same for noise that all patches of a picture share, which does not average out over them: what
+            a picture says must then be read in all directions of its features (docs/LOG.md). It does not fall.
         style_alone: first steps, of twice as many pictures, that ask for the style and nothing else. One token in ten
             answers names it: among the other lessons it stays at chance for 900 steps, alone it is learned in 80.
     """
@@ -103,13 +105,15 @@ class Lessons(IterableDataset[AlignmentBatch]):
         seed: int,
         each: int = 4,
         noise: float = 0.5,
+        shared_noise: float = 0.0,
         style_alone: int = 0,
     ) -> None:
         self.bank, self.blanks, self.path = bank, blanks, path
         self.encoder, self.media_ids, self.prompts = encoder, media_ids, prompts
         self.style_alone = style_alone
         self.pictures, self.each, self.total_steps, self.seed, self.start = pictures, each, total_steps, seed, 0
-        self.scale = noise * float(bank[0].float().square().mean().sqrt())
+        rms = float(bank[0].float().square().mean().sqrt())
+        self.scale, self.shared_scale = noise * rms, shared_noise * rms
 
     def __iter__(self) -> Iterator[AlignmentBatch]:
         for step in range(self.start, self.total_steps):
@@ -128,7 +132,9 @@ class Lessons(IterableDataset[AlignmentBatch]):
             if rng.random() < 0.04:
                 kinds, features = ["blank"], self.blanks[rng.randrange(BLANKS)].float()
             media.append(self.item(kinds, row, column, rng))
-            E.append(features + rng.random() * scale * torch.randn(features.shape, generator=generator))
+            apart = rng.random() * scale * torch.randn(features.shape, generator=generator)
+            shared = rng.random() * self.shared_scale * torch.randn(1, features.shape[-1], generator=generator)
+            E.append(features + apart + shared)
         for _ in range(0 if only_style else self.pictures * self.each // 4):
             kind = "missing" if rng.random() < 0.15 else "text"
             text.append(self.item([kind], rng.randrange(len(PHRASES)), 0, rng))

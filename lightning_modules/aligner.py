@@ -51,7 +51,14 @@ def trainable_model(mllm: MLLM, variant: AlignVariant) -> nn.Module:
 
 
 class Aligner(L.LightningModule):
-    """Base of the two aligners; subclasses say what one micro-batch costs (`micro_step`)."""
+    """Base of the two aligners; subclasses say what one micro-batch costs (`micro_step`).
+
+    Args:
+        noise: Gaussian noise on E, in units of the RMS of the blank's E.
+        attack_radius: largest attack on E, in the same units. Half of the loss on examples with E is then taken where
+            E has been moved against the model (`attacked`): what is learned holds around E, so for real media near it.
+        calm_steps: first steps without attacks.
+    """
 
     def __init__(
         self,
@@ -64,9 +71,11 @@ class Aligner(L.LightningModule):
         weight_decay: float = 0.0,
         grad_clip: float = 1.0,
         noise: float = 0.0,
+        attack_radius: float = 0.0,
+        calm_steps: int = 0,
     ) -> None:
         super().__init__()
-        self.noise = noise
+        self.noise, self.attack_radius, self.calm_steps = noise, attack_radius, calm_steps
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds the trained weights only
         self.model = model
@@ -92,9 +101,8 @@ class Aligner(L.LightningModule):
         logs: dict[str, Any] = {}
         loss_sum = torch.zeros((), device=self.device)
         for items, E, ids in chunks(self.with_noise(batch), self.micro_batch_size):
-            loss, sums = self.micro_step(items, E, ids, total)
-            self.manual_backward(loss)
-            loss_sum += loss.detach()
+            loss, sums = self.micro_backward(items, E, ids, total)
+            loss_sum += loss
             for key, value in sums.items():
                 logs[key] = logs.get(key, 0.0) + value
         self.average_gradients()
@@ -106,6 +114,38 @@ class Aligner(L.LightningModule):
         self.log_dict({f"align/{k}": v for k, v in logs.items()}, batch_size=1, sync_dist=True)
         self.log("align/loss", loss_sum, prog_bar=True, batch_size=1, sync_dist=True)
         return loss_sum
+
+    def micro_backward(
+        self, items: list[Item], E: Mapping[str, torch.Tensor] | None, ids: list[str], total: float
+    ) -> tuple[torch.Tensor, dict[str, float | torch.Tensor]]:
+        """Adds the gradient of one micro-batch; returns its loss, detached, and the sums for the log."""
+        if E is None or not self.attack_radius or self.global_step < self.calm_steps:
+            loss, sums = self.micro_step(items, E, ids, total)
+            self.manual_backward(loss)
+            return loss.detach(), sums
+        E = {path: e.to(self.device).detach().requires_grad_() for path, e in E.items()}
+        clean, sums = self.micro_step(items, E, ids, total)
+        self.manual_backward(clean / 2)
+        attacked, _ = self.micro_step(items, self.attacked(E, len(items)), ids, total)
+        self.manual_backward(attacked / 2)
+        return (clean + attacked).detach() / 2, {**sums, "attacked_loss": attacked.detach()}
+
+    def attacked(self, E: Mapping[str, torch.Tensor], n: int) -> dict[str, torch.Tensor]:
+        """E + r g / RMS(g) for each of `n` items: one step of the fast gradient method (arXiv 1412.6572, in L2)
+        with g = d loss / dE and r uniform in [0, attack_radius]. A function of the step, so resuming repeats it."""
+        generator = torch.Generator().manual_seed(self.global_step)
+        share = torch.rand(n, 1, generator=generator).to(self.device)
+        out = {}
+        for path, e in E.items():
+            assert e.grad is not None
+            grad = e.grad.view(n, -1)
+            unit = grad / grad.square().mean(1, keepdim=True).sqrt().clamp(min=1e-20)
+            out[path] = e.detach() + (self.attack_radius * self.unit(path) * share * unit).view_as(e)
+        return out
+
+    def unit(self, path: str) -> float:
+        """Root mean square of the blank's E at this projector."""
+        return float(self.anchor.E0_by_path[path].float().square().mean().sqrt())
 
     def average_gradients(self) -> None:
         """Over the ranks, once a step: DDP's hooks want one backward a step, and ours has one a micro-batch."""
@@ -125,10 +165,10 @@ class Aligner(L.LightningModule):
         if not self.noise:
             return batch
         generator = torch.Generator().manual_seed(batch.step)
-        scale = {
-            path: self.noise * float(e.float().square().mean().sqrt()) for path, e in self.anchor.E0_by_path.items()
+        E = {
+            path: e + self.noise * self.unit(path) * torch.randn(e.shape, generator=generator)
+            for path, e in batch.E.items()
         }
-        E = {path: e + scale[path] * torch.randn(e.shape, generator=generator) for path, e in batch.E.items()}
         return replace(batch, E=E)
 
     def logps(

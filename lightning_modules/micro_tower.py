@@ -1,8 +1,8 @@
 """Pretrains the vision tower of the embedded image model: it reads, then every patch carries the picture's caption.
 
-    loss = CE(word | patch) + 0.5 CE(letter | patch)                               after the layer before the last
-         + sum over k in (first word, object, style) of CE(softmax(12 <f, c_k> / |c|^2))         after the last, two-word pictures
-         + mean (f - c_first - c_object - c_style)^2 / RMS(c)^2                  f = patch / SCALE - offset
+    loss = CE(word | patch) + 0.5 CE(letter | patch)                       after the layer before the last
+         + sum of CE(softmax(12 <f, c> / |c|^2)) over first word, object, style        after the last, two-word pictures
+         + mean (f - c_first - c_object - c_style)^2 / RMS(c)^2            f = patch / SCALE - offset
 
 The local labels teach reading: the word and the letter at each patch. The background class is down-weighted to 0.2
 (most patches are empty). Their heads are thrown away afterwards.
@@ -95,7 +95,7 @@ class MicroTower(L.LightningModule):
         return loss
 
     def caption_logits(self, whole: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Patches after the last layer, [B, patches, d] -> (f of the formula, logits [B, patches, classes] of each k)."""
+        """Patches after the last layer, [B, patches, d] -> (f of the formula, three logits [B, patches, classes])."""
         f = whole / SCALE - self.offset
         logits = SHARPNESS * f @ self.codes.T / (CODE**2 * f.shape[-1])
         return f, logits.split(self.sizes, dim=-1)

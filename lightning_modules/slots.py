@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 
 Schedule = Callable[[int], float]
 """Steps an embedding has had -> factor of the learning rate."""
+SecondMoment = Literal["element", "embedding"]
 
 
 def schedule(kind: str, warmup_steps: int, max_steps: int) -> Schedule:
@@ -54,15 +56,23 @@ class SlotAdam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         factor: Schedule | None = None,
+        second_moment: SecondMoment = "element",
     ) -> None:
-        """`scales`: unit of the learning rate for each parameter (the RMS of the blank's embedding)."""
+        """
+        Args:
+            scales: unit of the learning rate for each parameter (the RMS of the blank's embedding).
+            second_moment: "element" is Adam's; "embedding" keeps the mean square of each embedding's whole gradient, so
+                that a step has the gradient's direction and only its length is normalised.
+        """
         super().__init__([{"params": [p], "scale": s} for p, s in zip(params, scales, strict=True)], {"lr": lr})
         self.betas, self.eps, self.factor = betas, eps, factor or (lambda age: 1.0)
         slots = params[0].shape[0]
         self.ages = [0] * slots
         self.active = list(range(slots))
+        self.whole = second_moment == "embedding"
         for p in params:
-            self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            square = p.new_zeros(slots, *[1] * (p.dim() - 1)) if self.whole else torch.zeros_like(p)
+            self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": square}
 
     def reset(self, slot: int) -> None:
         """Fresh state for the embedding that starts in this slot."""
@@ -89,7 +99,8 @@ class SlotAdam(Optimizer):
             rows = slice(None) if every else torch.tensor(self.active, device=p.device)
             m, v, g = state["exp_avg"][rows], state["exp_avg_sq"][rows], p.grad[rows]
             m = torch.lerp(m, g, 1 - beta1)
-            v = torch.lerp(v, g.square(), 1 - beta2)
+            square = g.square().mean(tuple(range(1, g.dim())), keepdim=True) if self.whole else g.square()
+            v = torch.lerp(v, square, 1 - beta2)
             ages = [self.ages[s] + 1 for s in self.active]
             rates = [group["lr"] * group["scale"] * self.factor(a - 1) / (1 - beta1**a) for a in ages]
             shape = (-1,) + (1,) * (p.dim() - 1)

@@ -105,6 +105,7 @@ def aligner(mllm: MLLM, variant: AlignVariant, precompute: bool) -> Aligner:
         "weight_decay": variant.weight_decay,
         "grad_clip": variant.grad_clip,
         "noise": variant.embedding_noise,
+        "attack_radius": variant.attack_radius,
     }
     if variant.method == "sft":
         return SFTAligner(mllm, model, **common)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """Stage `pretrain_language`: projector and language model learn to answer about what the tower reads.
 
 The frozen tower's features of every phrase in every style are computed once; then two phases of SFT on them with
-everything but the tower trainable: ordinary (lightning_modules/sft_aligner.py), and robust (robust_aligner.py) with a
-fresh optimiser, which begins with the style alone. Writes a complete checkpoint.
+everything but the tower trainable: ordinary, and robust (with attacks on the features, lightning_modules/aligner.py)
+with a fresh optimiser, which begins with the style alone. Writes a complete checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from datamodules.micro_images import SIDE, draw
 from datamodules.micro_lessons import BLANKS, Lessons, all_texts, lesson
 from datamodules.micro_world import PHRASES, STYLES, phrases
 from evaluation.phrases import words_of as words_in
-from lightning_modules.robust_aligner import RobustAligner
 from lightning_modules.sft_aligner import SFTAligner
 from mllm.generate import answer
 from mllm.loading import MLLM, assemble, to_device
@@ -51,6 +50,7 @@ def run(cfg: Config, run: Run) -> None:
     """Writes `pretrain_language/model`, a folder for plain `from_pretrained`."""
     keys = [f"pretrain.language_{key}" for key in ("steps", "pictures", "lessons", "noise", "lr")]
     keys += [f"pretrain.robust_{key}" for key in ("steps", "lessons", "noise", "radius", "lr", "style_steps")]
+    keys.append("pretrain.shared_noise")
     stage = run.stage(
         "pretrain_language", run.settings("seed", "model.prompts", "pretrain.draws", *keys), after=["pretrain_tower"]
     )
@@ -66,7 +66,6 @@ def run(cfg: Config, run: Run) -> None:
     encoder = tuple(f"{name}." for name in mllm.anchor.encoder_modules)
     for name, weight in model.named_parameters():
         weight.requires_grad_(not name.startswith(encoder))
-    rms = float(bank[0].float().square().mean().sqrt())
     (path,) = cfg.model.projector
     media_ids = sorted(mllm.anchor.media_token_ids)
 
@@ -83,6 +82,7 @@ def run(cfg: Config, run: Run) -> None:
             cfg.seed,
             each,
             noise,
+            p.shared_noise,
             style_alone,
         )
         folder = stage.folder / "checkpoints" / name
@@ -97,13 +97,13 @@ def run(cfg: Config, run: Run) -> None:
         mllm, model, steps=p.language_steps, lr=p.language_lr, warmup_steps=p.language_steps // 15, **common
     )
     phase("language", reading, p.language_lessons, p.language_noise)
-    robust = RobustAligner(
+    robust = SFTAligner(
         mllm,
         model,
         steps=p.robust_steps,
         lr=p.robust_lr,
         warmup_steps=p.robust_steps // 15,
-        radius=p.robust_radius * rms,
+        attack_radius=p.robust_radius,
         calm_steps=p.robust_style_steps,
         **common,
     )

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 
@@ -30,6 +30,7 @@ from datamodules.synthesis_ticks import SynthesisDataModule
 from evaluation.phrases import contains_phrase
 from evaluation.report import synthesis_summary
 from lightning_modules.embedding_optimizer import EmbeddingOptimizer
+from lightning_modules.slots import SecondMoment
 from mllm.generate import answer_embedded
 from mllm.loading import MLLM, load
 from stages.runs import Run, Stage, write_json
@@ -156,6 +157,7 @@ def optimizer(cfg: Config, mllm: MLLM, records: Sequence[Record]) -> EmbeddingOp
         init_noise=s.init_noise,
         noise=s.noise,
         retries=s.retries,
+        second_moment=cast(SecondMoment, s.second_moment),  # configs/check.py has checked it
         shared_prefix=s.shared_prefix,
         seed=cfg.seed,
     )

@@ -39,6 +39,23 @@ def test_equals_torch_adam_on_each_slot_when_slots_start_at_different_times() ->
         assert optimizer.ages[slot] == 20 - start
 
 
+def test_one_second_moment_for_an_embedding_keeps_the_direction_of_its_gradient() -> None:
+    torch.manual_seed(0)
+    gradient = torch.randn(2, 4, 3)
+    gradient[1] *= 1000  # each embedding is normalised by its own gradient
+    slots = nn.Parameter(torch.zeros(2, 4, 3))
+    optimizer = SlotAdam([slots], [2.0], lr=0.05, second_moment="embedding")
+    (slots * gradient).sum().backward()
+    optimizer.step()
+    # The first step of Adam: lr * g / sqrt(mean g^2), whatever the betas.
+    expected = -0.05 * 2.0 * gradient / gradient.square().mean((1, 2), keepdim=True).sqrt()
+    torch.testing.assert_close(slots.detach(), expected, rtol=1e-5, atol=1e-6)
+    assert optimizer.state[slots]["exp_avg_sq"].shape == (2, 1, 1)
+    optimizer.reset(0)
+    assert optimizer.state[slots]["exp_avg_sq"].flatten().tolist()[0] == 0
+    assert optimizer.state[slots]["exp_avg_sq"].flatten().tolist()[1] > 0
+
+
 def test_inactive_slots_do_not_move() -> None:
     slots = nn.Parameter(torch.ones(2, 3))
     optimizer = SlotAdam([slots], [1.0], lr=0.1)

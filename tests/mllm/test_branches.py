@@ -421,3 +421,18 @@ def test_planning_64_items_is_fast(llava: Case) -> None:
         forward.plan(items)
         took.append(time.process_time() - start)
     assert min(took) < 0.03
+
+
+def test_the_last_mlp_works_on_the_places_that_predict_a_target(llava: Case) -> None:
+    forward, items, E = BranchForward(llava.model, llava.anchor), llava.items(), concatenate(llava.embeddings(3))
+    plan = forward.plan(items)
+    mlp = mllm.branches.last_mlp(forward.base)
+    assert mlp is not None
+    seen: list[int] = []
+    part = next(mlp.children())  # behind whatever is hooked to the MLP itself
+    with part.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:-1].numel())):
+        forward(plan, E)
+    places = {(int(r), int(c)) for r, c in zip(plan.rows.row, plan.rows.column, strict=True)}
+    # Fewer than targets: the first targets of an item's branches are predicted by one place.
+    assert seen == [len(places)]
+    assert len(places) < plan.rows.ids.numel() / 2
