@@ -219,6 +219,9 @@ class Mixture:
     prefixed: float = doc("embedding + SEA's prefix + neutral instruction", 0.0, low=0)
     plain: float = doc("embedding + neutral instruction, no prefix", 0.0, low=0)
     reading: float = doc("replay: the model's own description of a benign embedding", 0.0, low=0)
+    harmful: float = doc(
+        "share of harmful examples in every part that has both; the paper's is 2/3", 0.5, low=0, high=1
+    )
 
 
 @dataclass
@@ -439,7 +442,7 @@ class Pretrain:
     language_noise: float = doc("largest noise on the features, in units of their RMS", 0.7, low=0)
     shared_noise: float = doc("largest noise that all patches share, in both phases, in units of the RMS", 0.9, low=0)
     language_lr: float = doc("peak learning rate of projector and language model", 2e-3, low=0)
-    robust_steps: int = doc("optimiser steps of the robust phase", 900, low=1)
+    robust_steps: int = doc("optimiser steps of the robust phase", 800, low=1)
     robust_lessons: int = doc("lessons about each picture in the robust phase", 3, low=1, high=6)
     robust_noise: float = doc("largest noise in the robust phase, in units of the features' RMS", 0.5, low=0)
     robust_radius: float = doc("largest attack on the features, in units of the blank's RMS", 0.2, low=0)

@@ -162,8 +162,9 @@ class MixtureSampler:
         for i, e in enumerate(examples):
             cells.setdefault((e.part, e.harmful), []).append(i)
         self.cells = dict(sorted(cells.items()))
-        per_part = {part: sum(p == part for p, _ in self.cells) for part in PARTS}
-        self.weights = [getattr(mixture, part) / per_part[part] for part, _ in self.cells]
+        share = {True: mixture.harmful, False: 1 - mixture.harmful}
+        both = {part: all((part, flag) in self.cells for flag in share) for part in PARTS}
+        self.weights = [getattr(mixture, part) * (share[flag] if both[part] else 1) for part, flag in self.cells]
         self.batch_size, self.seed = batch_size, seed
 
     def counts(self, step: int) -> list[int]:

@@ -187,8 +187,8 @@ class BranchForward:
     @contextlib.contextmanager
     def _last_mlp_at(self, rows: Rows) -> Iterator[None]:
         """Inside, the last layer's MLP works on the places that predict a target and gives zero elsewhere, where
-        nothing looks any more: after that layer no place sees another. Not under gradient checkpointing, which runs the layer
-        again after this context has ended."""
+        nothing looks any more: after that layer no place sees another. Not under gradient checkpointing, which runs
+        the layer again after this context has ended."""
         if self._last_mlp is None or (self.base.training and self.base.is_gradient_checkpointing):
             yield
             return
