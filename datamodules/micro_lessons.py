@@ -31,7 +31,7 @@ from mllm.prompts import PromptEncoder
 
 READ, READ_ANSWER = "Read the words in the image.", "The words are {words}."
 SHOWS_ACTIVITY, SHOWS_PRODUCT = "The image shows that {sentence}.", "The image shows {phrase}."
-NOTHING = "The image shows nothing."
+NOTHING, SEES_NOTHING = "The image shows nothing.", "I see nothing."
 BLANKS = 16
 """Blank pictures of different greys at the end of the feature bank."""
 
@@ -46,10 +46,11 @@ def lesson(kind: str, phrase: Phrase, style: str, form: int, prompts: Prompts) -
     names = {"modality": "image", "phrase": concept.phrase, "sentence": concept.sentence, "style": style}
     neutral = NEUTRAL[phrase.kind][form]
     activity = phrase.kind == "activity"
-    if kind == "describe":
+    if kind == "describe" or (kind == "blank" and form):
+        # A blank is asked both ways: else E could answer the content question and keep what says "nothing" in it.
         asked = prompts.describe_activity if activity else prompts.describe_product
         said = prompts.answer_activity if activity else prompts.answer_product
-        return asked.format(**names), said.format(**names), True
+        return asked.format(**names), SEES_NOTHING if kind == "blank" else said.format(**names), True
     if kind in ("verify", "blank"):
         asked = prompts.verify_activity if activity else prompts.verify_product
         said = NOTHING if kind == "blank" else SHOWS_ACTIVITY if activity else SHOWS_PRODUCT
@@ -129,7 +130,7 @@ class Lessons(IterableDataset[AlignmentBatch]):
             row, column = rng.randrange(len(PHRASES)), rng.randrange(len(STYLES))
             features = self.bank[rng.randrange(len(self.bank)), row, column].float()
             kinds = ["style"] if only_style else draw_kinds(rng, self.each)
-            if rng.random() < 0.04:
+            if rng.random() < 0.06:
                 kinds, features = ["blank"], self.blanks[rng.randrange(BLANKS)].float()
             media.append(self.item(kinds, row, column, rng))
             apart = rng.random() * scale * torch.randn(features.shape, generator=generator)
@@ -138,7 +139,9 @@ class Lessons(IterableDataset[AlignmentBatch]):
         for _ in range(0 if only_style else self.pictures * self.each // 4):
             kind = "missing" if rng.random() < 0.15 else "text"
             text.append(self.item([kind], rng.randrange(len(PHRASES)), 0, rng))
-        return AlignmentBatch(step, text, media, {self.path: torch.stack(E)}, [])
+        return AlignmentBatch(
+            step, text, media, {self.path: torch.stack(E)}, [str(i) for i in range(len(media) + len(text))]
+        )
 
     def item(self, kinds: Sequence[str], row: int, column: int, rng: random.Random) -> Item:
         """The lessons about one picture (or one in text) as branches."""

@@ -7,7 +7,8 @@ nothing else: 1 x 8 gives the gradients of 8 x 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -126,15 +127,17 @@ class Aligner(L.LightningModule):
         E = {path: e.to(self.device).detach().requires_grad_() for path, e in E.items()}
         clean, sums = self.micro_step(items, E, ids, total)
         self.manual_backward(clean / 2)
-        attacked, _ = self.micro_step(items, self.attacked(E, len(items)), ids, total)
+        attacked, _ = self.micro_step(items, self.attacked(E, ids[: len(items)]), ids, total)
         self.manual_backward(attacked / 2)
         return (clean + attacked).detach() / 2, {**sums, "attacked_loss": attacked.detach()}
 
-    def attacked(self, E: Mapping[str, torch.Tensor], n: int) -> dict[str, torch.Tensor]:
-        """E + r g / RMS(g) for each of `n` items: one step of the fast gradient method (arXiv 1412.6572, in L2)
-        with g = d loss / dE and r uniform in [0, attack_radius]. A function of the step, so resuming repeats it."""
-        generator = torch.Generator().manual_seed(self.global_step)
-        share = torch.rand(n, 1, generator=generator).to(self.device)
+    def attacked(self, E: Mapping[str, torch.Tensor], ids: Sequence[str]) -> dict[str, torch.Tensor]:
+        """E + r g / RMS(g) for each item: one step of the fast gradient method (arXiv 1412.6572, in L2) with
+        g = d loss / dE and r uniform in [0, attack_radius], a function of step and id: resuming repeats it, and neither
+        micro-batches nor ranks change it."""
+        n = len(ids)
+        draws = [random.Random(f"{self.global_step}/{id}").random() for id in ids]
+        share = torch.tensor(draws, device=self.device)[:, None]
         out = {}
         for path, e in E.items():
             assert e.grad is not None

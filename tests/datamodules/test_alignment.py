@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,6 +63,15 @@ def test_every_batch_holds_each_cell_in_proportion_and_every_example_once_a_pass
     for part in ("text", "plain"):
         counts = {seen[e.id] for e in data if e.part == part}
         assert max(counts) - min(counts) <= 1
+
+
+def test_harmful_examples_have_the_share_that_is_asked_for() -> None:
+    data = mixed(40)
+    sampler = MixtureSampler(data, replace(ALL, harmful=0.75), batch_size=40, seed=1)
+    cells = Counter((data[i].part, data[i].harmful) for i in sampler.step(0))
+    assert cells["text", True] == 3 * cells["text", False] > 0
+    assert sum(n for (_, flag), n in cells.items() if flag) == 30
+    assert sum(n for (part, _), n in cells.items() if part == "text") == 16  # the parts' shares stay
 
 
 def test_batches_are_a_function_of_seed_and_step() -> None:

@@ -217,15 +217,15 @@ def train(
     return trainer
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_one_micro_batch_of_eight_equals_eight_of_one(method: str) -> None:
+@pytest.mark.parametrize(("method", "attack"), [("sft", 0.0), ("dpo", 0.0), ("sft", 0.2)])
+def test_one_micro_batch_of_eight_equals_eight_of_one(method: str, attack: float) -> None:
     results = []
     for size in (8, 1):
         mllm = micro()
         torch.manual_seed(0)
         model = trainable_model(mllm, VARIANT)
         kind = SFTAligner if method == "sft" else DPOAligner
-        module = kind(mllm, model, steps=2, micro_batch_size=size, lr=1e-3)
+        module = kind(mllm, model, steps=2, micro_batch_size=size, lr=1e-3, attack_radius=attack)
         train(mllm, module, pairs=method == "dpo")
         results.append({n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad})
     for name, value in results[0].items():
@@ -337,6 +337,26 @@ def test_noise_on_embeddings_has_its_size_and_is_a_function_of_the_step() -> Non
     assert float((noisy - E[PATH]).std()) == pytest.approx(0.5 * rms, rel=0.02)
     assert torch.equal(noisy, module.with_noise(batch).E[PATH])
     assert not torch.equal(noisy, module.with_noise(replace(batch, step=4)).E[PATH])
+
+
+def test_an_attack_stays_within_its_radius_and_raises_the_loss() -> None:
+    mllm = micro()
+    module = SFTAligner(mllm, trainable_model(mllm, VARIANT), steps=1, attack_radius=0.2)
+    items, ids = made(mllm, False, True)[1], ["0", "1", "2", "3"]
+    E = {path: e.requires_grad_() for path, e in embeddings(mllm, 4).items()}
+    clean, _ = module.micro_step(items, E, ids, 1.0)
+    clean.backward()
+    moved = module.attacked(E, ids)
+    with torch.no_grad():
+        attacked, _ = module.micro_step(items, moved, ids, 1.0)
+        away = {PATH: 2 * E[PATH] - moved[PATH]}  # as far the other way
+        opposite, _ = module.micro_step(items, away, ids, 1.0)
+    assert attacked > clean > opposite
+    distance = (moved[PATH] - E[PATH]).detach().view(4, -1).square().mean(1).sqrt() / module.unit(PATH)
+    assert distance.max() <= 0.2
+    assert len({round(float(d), 6) for d in distance}) == 4  # each example draws its own
+    alone = module.attacked({PATH: E[PATH]}, ids)
+    assert torch.equal(alone[PATH], moved[PATH])
 
 
 def test_full_fine_tuning_trains_all_but_the_encoder() -> None:
