@@ -68,6 +68,10 @@ class Prompts:
         "SEA's prefix, product",
         "The {modality} shows a product. Please understand and answer the following question.",
     )
+    replay: list[str] = doc(
+        "questions whose answers by the unaligned model are replayed (mixture.replay)",
+        ["What do you see in the {modality}?", "What text is in the {modality}?"],
+    )
     verify_activity: str = doc(
         "VSR, activity: another question", "Describe what you see in the {modality} in one sentence."
     )
@@ -218,7 +222,8 @@ class Mixture:
     text: float = doc("text records", 1.0, low=0)
     prefixed: float = doc("embedding + SEA's prefix + neutral instruction", 0.0, low=0)
     plain: float = doc("embedding + neutral instruction, no prefix", 0.0, low=0)
-    reading: float = doc("replay: the model's own description of a benign embedding", 0.0, low=0)
+    reading: float = doc("replay: the description that an embedding was optimised for", 0.0, low=0)
+    replay: float = doc("what the unaligned model answers to model.prompts.replay about an embedding", 0.0, low=0)
     harmful: float = doc(
         "share of harmful examples in every part that has both; the paper's is 2/3", 0.5, low=0, high=1
     )

@@ -5,7 +5,8 @@ An example is a prompt with a chosen and perhaps a rejected answer. Its *part* s
     text       the record's own question, no media
     prefixed   E + SEA's prefix + neutral instruction     (what SEA trains on)
     plain      E + neutral instruction
-    reading    E + the content question -> the model's own description of E (replay: keeps the model reading)
+    reading    E + the content question -> the description that E was optimised for (keeps the model reading)
+    replay     E + another question -> what the unaligned model answers to it (keeps the model from drifting on it)
 
 Batches are stratified: every cell (part, harmful or harmless) gets its share of every batch, so harmless embeddings
 always stand beside harmful ones; harmful-only data teaches "an image means refuse". A batch is a pure function of
@@ -29,8 +30,10 @@ from datamodules.records import Record
 from mllm.branches import Item, split_shared
 from mllm.prompts import PromptEncoder
 
-Part = Literal["text", "prefixed", "plain", "reading"]
-PARTS: tuple[Part, ...] = ("text", "prefixed", "plain", "reading")
+Part = Literal["text", "prefixed", "plain", "reading", "replay"]
+PARTS: tuple[Part, ...] = ("text", "prefixed", "plain", "reading", "replay")
+Replays = Mapping[str, Sequence[tuple[str, str]]]
+"""Id of an embedding -> (question, the unaligned model's answer)."""
 
 
 class Embeddings(Protocol):
@@ -73,6 +76,7 @@ def examples(
     modality: str,
     refusal: str,
     seed: int,
+    replays: Replays | None = None,
 ) -> list[AlignmentExample]:
     """All examples that the mixture asks for. `available`: ids of embeddings that may be used; `refusal`: the answer
     that is rejected where the model should have described what it saw.
@@ -130,6 +134,10 @@ def examples(
                     record.id,
                 )
             )
+        if "replay" in wanted:
+            for k, (question, said) in enumerate((replays or {}).get(record.id, ())):
+                name = f"replay/{record.id}/{k}"
+                out.append(AlignmentExample(name, "replay", record.harmful, question, said, refusal, record.id))
     missing = [part for part in wanted if not any(e.part == part for e in out)]
     if missing:
         raise ValueError(

@@ -34,6 +34,19 @@ def test_parts_of_a_record() -> None:
     assert found["plain"].chosen == REFUSAL
 
 
+def test_replay_asks_what_the_unaligned_model_was_asked_and_takes_its_answer() -> None:
+    made = records("train", 1, 1)
+    replays = {made[0].id: [("Read it.", "Words."), ("And now?", "More.")]}
+    mixture, prompts = Mixture(text=0, replay=1), micro().spec.prompts
+    found = examples(made, {r.id for r in made}, mixture, prompts, "image", REFUSAL, 0, replays)
+    assert [(e.id, e.question, e.chosen, e.rejected, e.embedding) for e in found] == [
+        (f"replay/{made[0].id}/{k}", question, answer, REFUSAL, made[0].id)
+        for k, (question, answer) in enumerate(replays[made[0].id])
+    ]
+    with pytest.raises(ValueError, match="no examples for replay"):
+        examples(made, {r.id for r in made}, mixture, prompts, "image", REFUSAL, 0)
+
+
 def test_embeddings_that_are_not_available_are_left_out() -> None:
     made = records("train", 4, 4)
     some = {made[0].id, made[-1].id}
