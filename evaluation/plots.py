@@ -121,7 +121,9 @@ def plot_asr_against_compliance(results: Iterable[Mapping[str, Any]], benchmark:
     for axes, task in zip(panels, tasks, strict=True):
         for variant, guard in shown:
             if (variant, guard, task) in pairs:
-                _point(axes, *pairs[variant, guard, task], looks[variant], guard)
+                # Later ones are smaller: variants that share a place stay visible, one within the other.
+                size = 16 - 9 * variants.index(variant) / max(1, len(variants) - 1)
+                _point(axes, *pairs[variant, guard, task], looks[variant], guard, size)
         arrow = {"arrowstyle": "->", "color": "#888888"}
         axes.annotate(
             "better", xy=(0.6, 0.4), xytext=(0.4, 0.6), color="#888888", ha="center", va="center", arrowprops=arrow
@@ -158,13 +160,15 @@ def _marker(look: tuple[str, str], guard: str) -> dict[str, Any]:
     }
 
 
-def _point(axes: Axes, x: Mapping[str, Any], y: Mapping[str, Any], look: tuple[str, str], guard: str) -> None:
+def _point(
+    axes: Axes, x: Mapping[str, Any], y: Mapping[str, Any], look: tuple[str, str], guard: str, size: float
+) -> None:
     bars = axes.errorbar(
         x["value"],
         y["value"],
         xerr=_arms(x),
         yerr=_arms(y),
-        markersize=9,
+        markersize=size,
         elinewidth=1.2,
         zorder=3,
         **_marker(look, guard),
