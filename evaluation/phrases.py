@@ -22,6 +22,16 @@ def contains_phrase(answer: str, phrase: str) -> bool:
     return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
 
 
+def shows_concept(answer: str, phrase: str, sentence: str) -> bool:
+    """Does a description name the concept: its phrase, or what its sentence says of the subject?
+
+    "stack things on my car" is seen as "a person is stacking things on their car": who describes the picture well says
+    the latter, which does not contain the former.
+    """
+    predicate = sentence.split(" is ", 1)[-1]
+    return contains_phrase(answer, phrase) or contains_phrase(answer, predicate)
+
+
 def names_words(answer: str, phrase: str) -> bool:
     """All words of the phrase stand somewhere in the answer, in any order."""
     return set(_checked(phrase)) <= set(words_of(answer))

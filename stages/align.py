@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.progress import Progress
 from callbacks.training_progress import TrainingProgress
 from configs.schema import AlignVariant, Config
-from datamodules.alignment import AlignmentDataModule, AlignmentExample, Batches, Replays, chunks, encode, examples
+from datamodules.alignment import AlignmentDataModule, AlignmentExample, Batches, chunks, encode, examples
 from datamodules.embedding_store import EmbeddingStore
 from datamodules.records import Record, read_records
 from lightning_modules.aligner import Aligner, trainable_model
@@ -25,10 +25,10 @@ from lightning_modules.dpo_aligner import DPOAligner, load_reference, save_refer
 from lightning_modules.losses import DPOLossType
 from lightning_modules.sft_aligner import SFTAligner
 from mllm.branches import Item
-from mllm.generate import answer_embedded
 from mllm.loading import MLLM, load
 from stages.encode import RECORDS as REAL_RECORDS
 from stages.ranks import wait_for
+from stages.replays import replayed
 from stages.runs import Run, Stage
 from stages.strategies import SharedStep
 from stages.synthesize import store_path, text_records
@@ -59,7 +59,9 @@ def align_variant(cfg: Config, run: Run, name: str, variant: AlignVariant) -> No
     store = EmbeddingStore.open(store_path(cfg, run.path), mllm.key) if variant.data == "sea" else None
     records = aligned_records(cfg, run, store)
     usable = set() if store is None else set(store.ids(status=None if cfg.synthesis.include_failed else "ok"))
-    replays = replayed(cfg, mllm, store, sorted(usable)) if variant.mixture.replay else None
+    replays = (
+        replayed(cfg, run, stage, mllm, store, sorted(usable)) if store is not None and variant.mixture.replay else None
+    )
     prompts, modality = cfg.model.prompts, cfg.model.modality
     data = examples(records, usable, variant.mixture, prompts, modality, cfg.align.refusal, cfg.seed, replays)
     media_ids = sorted(mllm.anchor.media_token_ids)
@@ -83,26 +85,6 @@ def align_variant(cfg: Config, run: Run, name: str, variant: AlignVariant) -> No
             "trained_parameters": trained,
         }
     )
-
-
-def replayed(cfg: Config, mllm: MLLM, store: EmbeddingStore | None, ids: Sequence[str]) -> Replays:
-    """What the unaligned model answers to `model.prompts.replay` about each embedding; deterministic, so not cached."""
-    found: dict[str, list[tuple[str, str]]] = {id: [] for id in ids}
-    if store is None:
-        return found
-    questions = [q.format(modality=cfg.model.modality) for q in cfg.model.prompts.replay]
-    size = cfg.evaluate.batch_size
-    with Progress("replay", len(ids) * len(questions), "answers") as progress:
-        for question in questions:
-            for at in range(0, len(ids), size):
-                part = ids[at : at + size]
-                E = {path: e.flatten(0, 1).to(mllm.model.device) for path, e in store.batch(part).items()}
-                said = answer_embedded(mllm, [question] * len(part), E, cfg.synthesis.verify_max_new_tokens)
-                for id, answer in zip(part, said, strict=True):
-                    if answer.strip():
-                        found[id].append((question, answer))
-                progress.advance(len(part))
-    return found
 
 
 def aligned_records(cfg: Config, run: Run, store: EmbeddingStore | None) -> list[Record]:

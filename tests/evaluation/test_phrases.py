@@ -1,6 +1,6 @@
 import pytest
 
-from evaluation.phrases import contains_phrase, names_words, words_of
+from evaluation.phrases import contains_phrase, names_words, shows_concept, words_of
 
 
 def test_case_punctuation_and_articles_do_not_matter():
@@ -25,3 +25,12 @@ def test_a_phrase_without_words_is_an_error_not_a_hit():
     for check in (contains_phrase, names_words):
         with pytest.raises(ValueError, match=r"'\?' has no words"):
             check("anything", "?")
+
+
+def test_a_concept_is_shown_by_its_phrase_or_by_what_its_sentence_says():
+    phrase, sentence = "stack things on my car", "a person is stacking things on their car"
+    assert shows_concept("The picture: stack things on my car.", phrase, sentence)
+    assert shows_concept("The image shows a person who is stacking things on their car.", phrase, sentence)
+    assert not shows_concept("A person is stacking things.", phrase, sentence)
+    assert not shows_concept("A person is here.", phrase, sentence)
+    assert shows_concept("I see a skeleton key.", "a skeleton key", "a skeleton key")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,16 @@ from safetensors.torch import load_file, save_file
 
 import train
 from datamodules.embedding_store import EmbeddingStore
+from scripts import show_sample
+from stages.replays import FILE, read_replays
 from tests.micro import micro
 
 SMALL = [
     "experiment=sea_image", "synthesis.harmful=3", "synthesis.harmless=3", "synthesis.slots=4",
     "synthesis.max_steps=60", "synthesis.retries=0", "align.variants=[text_sft,sea_dpo]",
     "variants.text_sft.steps=2", "variants.sea_dpo.steps=2",
-    "variants.sea_dpo.batch_size=8", "trainer.log_every_n_steps=1", "evaluate.limit=2", "evaluate.max_new_tokens=12",
+    "variants.sea_dpo.batch_size=8", "variants.sea_dpo.mixture.replay=1",
+    "trainer.log_every_n_steps=1", "evaluate.limit=2", "evaluate.max_new_tokens=12",
     "synthesis.include_failed=true",
 ]  # fmt: skip
 
@@ -72,6 +76,38 @@ def test_a_changed_setting_in_the_same_run_is_refused_by_name(
 ) -> None:
     assert start(finished, "synthesis.lr=0.123") == 1
     assert "synthesis.lr" in capsys.readouterr().err
+
+
+def test_replayed_answers_are_written_once_and_read_by_a_resumed_run(finished: Path, tmp_path: Path) -> None:
+    known = read_replays(finished / "align" / "sea_dpo" / FILE)
+    assert known
+    assert all(answer for pairs in known.values() for _, answer in pairs)
+    run = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    folder = run / "align" / "sea_dpo"
+    stage = json.loads((folder / "stage.json").read_text())
+    (folder / "stage.json").write_text(json.dumps(stage | {"status": "running"}))
+    lines = (folder / FILE).read_text().splitlines()
+    changed = json.dumps(json.loads(lines[0]) | {"answer": "line\u2028separator"}, ensure_ascii=False)
+    (folder / FILE).write_text("\n".join([changed, *lines[1:]]) + "\n")
+    assert start(run, "stages=[align]") == 0
+    assert json.loads((folder / FILE).read_bytes().split(b"\n")[0])["answer"] == "line\u2028separator"
+
+
+def test_show_sample_follows_a_record_and_names_what_is_missing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(*args: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["show_sample.py", *args])
+        show_sample.main()
+        return capsys.readouterr().out
+
+    out = shown(str(finished), "--variant", "sea_dpo")
+    for part in ("control sample, style", "embedding store", "example, replay", "same scenario, base", "verdict"):
+        assert part in out
+    assert len(shown(str(finished), "--answers").splitlines()) == 12
+    for args in ([str(tmp_path)], [str(finished), "--id", "nobody"], [str(finished), "--variant", "sea_ppo"]):
+        with pytest.raises(SystemExit, match="error: "):
+            shown(*args)
 
 
 def test_adapter_is_safetensors_and_loads_in_plain_peft(finished: Path) -> None:
