@@ -12,9 +12,11 @@ batches, and the batches shuffled. Batch `step` depends on (seed, step) alone, s
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
 import lightning as L
 import torch
@@ -23,9 +25,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules.qa_pairs import QAPair
 
+T = TypeVar("T")
+
 SPAN = 16
 MOST = 6
-"""Pairs of one question that stay together: a question with 30 pairs would make one batch ten times the others."""
+"""Distinct pairs of one question that stay together: one with 30 would make a batch ten times the others."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,36 @@ class TextBatch:
 
 
 def encode_questions(pairs: Sequence[QAPair], encode: Callable[[str, str], list[int]]) -> list[QuestionTexts]:
-    """The pairs gathered by question (at most `MOST` together), in the order in which questions first come."""
-    by_question: dict[tuple[str, str], list[QAPair]] = {}
+    """The pairs gathered by question (at most `MOST` distinct ones together), in the order in which they first come.
+
+    Equal pairs are votes: they stay together, with as many labels as votes and one text to compute.
+    """
+    by_question: dict[tuple[str, str], Counter[QAPair]] = {}
     for pair in pairs:
-        by_question.setdefault((pair.group, pair.question), []).append(pair)
+        votes = by_question.setdefault((pair.group, pair.question), Counter())
+        votes[replace(pair, source="")] += 1
     out = []
-    gathered = [(key[1], all_[at : at + MOST]) for key, all_ in by_question.items() for at in range(0, len(all_), MOST)]
-    for question, members in gathered:
-        texts = list(dict.fromkeys(a.text for p in members for a in p.answers))
-        at = {text: i for i, text in enumerate(texts)}
-        labels = [(at[a.text], a.harmless) for p in members for a in p.answers]
-        preferred = [(at[p.better.text], at[p.worse.text]) for p in members if p.worse is not None and p.contrast]
-        ids = tuple(tuple(encode(question, text)) for text in texts)
-        out.append(QuestionTexts(ids, tuple(labels), tuple(preferred)))
+    for (_, question), votes in by_question.items():
+        for members in batched(votes.items(), MOST):
+            texts = list(dict.fromkeys(a.text for p, _ in members for a in p.answers))
+            at = {text: i for i, text in enumerate(texts)}
+            labels = [(at[a.text], a.harmless) for p, n in members for a in p.answers * n]
+            preferred = [
+                (at[p.better.text], at[p.worse.text])
+                for p, n in members
+                for _ in range(n)
+                if p.worse is not None and p.contrast
+            ]
+            ids = tuple(tuple(encode(question, text)) for text in texts)
+            out.append(QuestionTexts(ids, tuple(labels), tuple(preferred)))
     return out
+
+
+def batched(items: Iterable[T], n: int) -> Iterator[list[T]]:
+    """Lists of n items (itertools.batched comes with Python 3.12 only)."""
+    walk = iter(items)
+    while part := list(islice(walk, n)):
+        yield part
 
 
 class Buckets:

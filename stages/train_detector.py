@@ -6,11 +6,11 @@ and test come from that folder through `mllm.detector.Detector`, the code that u
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import lightning as L
 import torch
@@ -33,6 +33,8 @@ from stages.text_training import adapted, export, fit, question_parts, steps_of,
 from stages.trainers import device_of
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SHOWN = ("auroc", "pair_accuracy", "ece", "recall_at_1_percent_fpr", "recall_at_5_percent_fpr")
 
@@ -57,7 +59,7 @@ def run(cfg: Config, run: Run) -> None:
     pairs = question_parts(cfg)
     template = QATemplate(d.template, tokenizer, d.max_length, d.max_question)
     parts = encoded(pairs, template)
-    model = load_classifier(source, tokenizer, getattr(torch, b.dtype), b.revision).to(device_of(cfg))
+    model = load_classifier(source, tokenizer, getattr(torch, b.dtype), b.revision, b.layers).to(device_of(cfg))
     module = detector_module(cfg, model, parts.train, tokenizer.pad_token_id)
     batches = QuestionBatches(parts.train, d.batch_size, module.steps, cfg.seed, tokenizer.pad_token_id)
     if module.lower is None:
@@ -70,7 +72,7 @@ def run(cfg: Config, run: Run) -> None:
         folder = stage.folder / "detector"
         export(module.model, tokenizer, folder, b.path, b.full_finetune)
         result = calibrated(cfg, folder, parts, facts(cfg, pairs, template))
-        result |= {"cuts": dataclasses.asdict(template.cuts), "questions": [len(part) for part in parts]}
+        result |= {"cuts": asdict(template.cuts), "questions": [len(part) for part in parts]}
         told = ", ".join(f"{name} {result['test'][name]:.3f}" for name in SHOWN if name in result["test"])
         log.info("test questions: %s", told)
     stage.finish(result)
@@ -140,12 +142,12 @@ def calibrated(cfg: Config, folder: Path, parts: Parts, spec: DetectorSpec) -> d
         name: logits_of(detector, getattr(parts, name), cfg.detector.score_batch_size) for name in ("val", "test")
     }
     fitted = calibrate(*labelled(logits["val"], parts.val), false_positive_rate=cfg.detector.false_positive_rate)
-    spec = dataclasses.replace(spec, **fitted._asdict(), false_positive_rate=cfg.detector.false_positive_rate)
+    spec = replace(spec, **fitted._asdict(), false_positive_rate=cfg.detector.false_positive_rate)
     detector = Detector(detector.model, detector.tokenizer, spec)
     metrics = {
         name: measured(detector.calibrated(logits[name]), getattr(parts, name), spec.threshold) for name in logits
     }
-    dataclasses.replace(spec, metrics=metrics).save(folder)
+    replace(spec, metrics=metrics).save(folder)
     return {**metrics, **fitted._asdict()}
 
 
@@ -164,6 +166,7 @@ def facts(cfg: Config, pairs: dict[Part, list[QAPair]], template: QATemplate) ->
         max_question=template.max_question,
         base=None if b.full_finetune else b.path,
         base_revision=None if b.full_finetune else b.revision,
+        base_layers=None if b.full_finetune else b.layers,
         loss=cfg.detector.loss,
         versions=versions(),
         trained_on=trained_on,
@@ -194,7 +197,19 @@ def labelled(values: Tensor, questions: Sequence[QuestionTexts]) -> tuple[Tensor
 
 
 def measured(scores: Tensor, questions: Sequence[QuestionTexts], threshold: float) -> dict[str, float]:
-    """All metrics of one part."""
+    """All metrics of one part, where a pair that comes again counts again, as in training; ranking also over distinct
+    pairs, which is harder: those that come again are those on which annotators agree."""
+    found = _measured(scores, questions, threshold)
+    once = [replace(q, labels=unique(q.labels), pairs=unique(q.pairs)) for q in questions]
+    distinct = _measured(scores, once, threshold)
+    return found | {f"{name}_distinct": distinct[name] for name in ("auroc", "pair_accuracy") if name in distinct}
+
+
+def unique(items: tuple[T, ...]) -> tuple[T, ...]:
+    return tuple(dict.fromkeys(items))
+
+
+def _measured(scores: Tensor, questions: Sequence[QuestionTexts], threshold: float) -> dict[str, float]:
     metrics = DetectorMetrics(threshold, sync_on_compute=False)
     metrics.update(*labelled(scores, questions))
     better, worse, at = [], [], 0

@@ -27,6 +27,13 @@ def test_an_answer_in_two_pairs_is_encoded_once_and_keeps_both_labels() -> None:
     assert second.pairs == ()  # nothing to compare: no harmful answer
 
 
+def test_equal_pairs_are_votes_on_one_text() -> None:
+    (item,) = encode_questions([pair("q", "a", "b"), pair("q", "c", "b"), pair("q", "a", "b")], encode)
+    assert item.ids == ((1, 97), (1, 98), (1, 99))
+    assert item.labels == ((0, True), (1, False), (0, True), (1, False), (2, True), (1, False))
+    assert item.pairs == ((0, 1), (0, 1), (2, 1))
+
+
 def test_one_question_with_many_pairs_is_cut_into_items_that_lose_nothing() -> None:
     pairs = [pair("q", f"good {i}", f"bad {i}") for i in range(3 * MOST + 1)]
     items = encode_questions(pairs, encode)

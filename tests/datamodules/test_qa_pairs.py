@@ -91,11 +91,11 @@ def test_a_bad_row_is_named_by_file_line_and_key(row: dict[str, Any], told: str,
     assert [where.rpartition(":")[2] for where, _ in report.bad] == ["2"]
 
 
-def test_equal_rows_count_once(tmp_path: Path) -> None:
+def test_equal_rows_are_votes_and_are_kept(tmp_path: Path) -> None:
     row = {"question": "Q", "accepted": "A", "rejected": "B"}
     report = ReadReport()
-    assert len(read_pairs("jsonl", jsonl(tmp_path, row, row, row), report=report)) == 1
-    assert report.left_out == {"an equal row came before": 2}
+    assert len(read_pairs("jsonl", jsonl(tmp_path, row, row, row), report=report)) == 3
+    assert not report.left_out
 
 
 def many(n: int) -> list[QAPair]:
