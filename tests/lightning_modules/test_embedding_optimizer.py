@@ -94,6 +94,15 @@ def test_out_of_steps_is_failed_with_the_reason_after_the_retries() -> None:
     assert outcome.steps == 4  # two attempts of two steps
 
 
+def test_a_loss_that_is_not_finite_fails_its_embedding_and_stays_out_of_the_curve() -> None:
+    mllm = micro()
+    with torch.no_grad():
+        mllm.model.get_output_embeddings().weight.fill_(float("nan"))
+    module = run(mllm, jobs(mllm, 2), slots=2, max_steps=3, retries=1)
+    assert [(o.ok, o.reason) for o in module.outbox] == [(False, "loss is not finite")] * 2
+    assert not module.loss_by_age
+
+
 def test_slots_refill_and_every_job_leaves_once() -> None:
     mllm = micro()
     waiting = jobs(mllm, 7)
@@ -147,6 +156,11 @@ def branch_logits(target_lead: list[float]) -> BranchLogits:
 )
 def test_finished_needs_every_target_to_lead_by_the_margin(leads: list[float], finished: bool) -> None:
     assert slot_losses(branch_logits(leads), 1, 1.0, margin=0.5).finished.tolist() == [finished]
+
+
+def test_a_tie_is_not_finished_whatever_the_margin() -> None:
+    assert slot_losses(branch_logits([1.0, 0.0, 1.0]), 1, 1.0, margin=0.0).finished.tolist() == [False]
+    assert slot_losses(branch_logits([1.0, 1e-3, 1.0]), 1, 1.0, margin=0.0).finished.tolist() == [True]
 
 
 def test_loss_is_the_sum_of_the_two_means() -> None:
