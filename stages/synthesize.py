@@ -27,7 +27,7 @@ from datamodules.embedding_store import EmbeddingStore
 from datamodules.records import Record, read_records, write_records
 from datamodules.sources import safety_records, with_concepts
 from datamodules.synthesis_ticks import SynthesisDataModule
-from evaluation.phrases import contains_phrase
+from evaluation.phrases import contains_phrase, words_of
 from evaluation.report import synthesis_summary
 from lightning_modules.embedding_optimizer import EmbeddingOptimizer
 from lightning_modules.slots import SecondMoment
@@ -179,9 +179,10 @@ def verify(cfg: Config, mllm: MLLM, records: Sequence[Record], store: EmbeddingS
             answers = answer_embedded(mllm, asked, E, cfg.synthesis.verify_max_new_tokens)
             for record, answer in zip(part, answers, strict=True):
                 assert record.concept is not None
-                store.mark(
-                    record.id, verified=contains_phrase(answer, record.concept.phrase), answer=answer, judge="phrase"
-                )
+                phrase = record.concept.phrase
+                # A phrase of signs alone ("?!", an emoji) cannot be looked for: not verified, rather than no synthesis.
+                found = contains_phrase(answer, phrase) if words_of(phrase) else None
+                store.mark(record.id, verified=found, answer=answer, judge="phrase")
             progress.advance(len(part))
 
 

@@ -127,6 +127,23 @@ def test_an_empty_data_set_is_an_error_that_names_the_file(tmp_path: Path, capsy
     assert "empty.jsonl" in capsys.readouterr().err
 
 
+def test_a_phrase_without_words_is_unverified_and_does_not_stop_synthesis(tmp_path: Path) -> None:
+    concept = {"kind": "product", "sentence": "x", "instruction": "Where is this product?"}
+    rows = [
+        {"id": f"r{i}", "question": f"Where is it, {i}?", "chosen": "Here.", "rejected": "No.", "harmful": False}
+        | {"concept": {"phrase": phrase, **concept}}
+        for i, phrase in enumerate(["\U0001f511", "the lock"])
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["data=jsonl", f"data.path={path}", "data.holdout=0", "data.limit=null"]
+    assert start(tmp_path / "r", *data, "synthesis.max_steps=200", "synthesis.retries=1", "stages=[synthesize]") == 0
+    with EmbeddingStore.open(tmp_path / "r" / "synthesize" / "store") as store:
+        assert store.meta("r0").status == "ok"
+        assert (store.meta("r0").verified, store.meta("r0").judge) == (None, "phrase")
+        assert store.meta("r1").verified is not None
+
+
 def test_an_embedding_store_of_another_model_is_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
