@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import pytest
 import torch
@@ -20,13 +22,16 @@ from tests.micro import config, jobs, micro
 SETTINGS = {"lr": config().synthesis.lr, "betas": config().synthesis.betas, "margin": config().synthesis.margin}
 
 
-def run(mllm: MLLM, waiting: list[SynthesisJob], steps: int = -1, **settings: object) -> EmbeddingOptimizer:
+def run(
+    mllm: MLLM, waiting: list[SynthesisJob], steps: int = -1, precision: Any = "32-true", **settings: object
+) -> EmbeddingOptimizer:
     quieten()
     module = EmbeddingOptimizer(mllm, waiting, **{**SETTINGS, **settings})
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,
         max_steps=steps,
+        precision=precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -136,11 +141,14 @@ def test_an_interrupted_slot_continues_where_it_was() -> None:
     assert all(torch.equal(resumed.E[path], e) for path, e in whole.E.items())
 
 
-def test_E_stays_float32_under_a_bfloat16_model() -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_E_stays_float32_under_a_bfloat16_model(precision: str) -> None:
     mllm = micro(dtype=torch.bfloat16)
-    module = run(mllm, jobs(mllm, 1), slots=1, max_steps=3, retries=0)
+    module = run(mllm, jobs(mllm, 1), precision=precision, slots=1, max_steps=3, retries=0)
     assert {e.dtype for e in module.outbox[0].E.values()} == {torch.float32}
     assert module.tensors.values[0].dtype == torch.float32
+    (adam,) = module.trainer.optimizers
+    assert {value.dtype for state in adam.state.values() for value in state.values()} == {torch.float32}
 
 
 def branch_logits(target_lead: list[float]) -> BranchLogits:
