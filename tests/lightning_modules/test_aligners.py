@@ -278,6 +278,13 @@ def test_a_checkpoint_holds_the_adapter_alone_and_resumes_to_the_same_weights(tm
         assert torch.equal(value, finals[1][name]), name
 
 
+def test_cached_reference_is_found_again_whatever_its_ids_hold(tmp_path: Path) -> None:
+    path, ids = tmp_path / "r.safetensors", ["text/a\nb", "text/a", "text/é ☃"]
+    save_reference(path, ids, torch.arange(6.0).view(3, 2))
+    assert load_reference(path, ids) == {ids[0]: (0.0, 1.0), ids[1]: (2.0, 3.0), ids[2]: (4.0, 5.0)}
+    assert load_reference(path, ["text/a", "b", *ids[1:]]) is None
+
+
 def test_cached_reference_equals_the_adapter_switched_off(tmp_path: Path) -> None:
     mllm = micro()
     model = trainable_model(mllm, VARIANT)
