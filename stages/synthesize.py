@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 def settings(run: Run) -> dict[str, Any]:
     """The keys that an embedding depends on: all of the model's but where LoRA goes."""
-    keys = run.settings("seed", "model", "data", "concepts", "synthesis", "store")
+    keys = run.settings("seed", "model", "data", "concepts", "synthesis", "store", "trainer.precision")
     return {key: value for key, value in keys.items() if key != "model.lora_targets"}
 
 

@@ -12,8 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import train
+from configs.keys import leaves
 from datamodules.embedding_store import EmbeddingStore
-from tests.micro import micro
+from tests.micro import config, micro
 
 SMALL = [
     "experiment=sea_image", "synthesis.harmful=3", "synthesis.harmless=3", "synthesis.slots=4",
@@ -67,11 +68,22 @@ def test_the_same_command_again_computes_nothing(finished: Path) -> None:
     assert adapter.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("change", ["synthesis.lr=0.123", "trainer.precision=bf16-mixed", "align.refusal=No."])
 def test_a_changed_setting_in_the_same_run_is_refused_by_name(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert start(finished, "synthesis.lr=0.123") == 1
-    assert "synthesis.lr" in capsys.readouterr().err
+    assert start(finished, change) == 1
+    assert change.partition("=")[0] in capsys.readouterr().err
+
+
+def test_every_setting_that_may_not_change_is_recorded_by_a_stage(finished: Path) -> None:
+    recorded = {key for path in finished.rglob("stage.json") for key in json.loads(path.read_text())["made_from"]}
+    not_free = {leaf.key for leaf in leaves(config()) if not leaf.field.metadata.get("free")}
+    names = {"experiment", "run", "run_dir", "stages", "align.variants"}  # they say what is done, not how
+    # Judging is outside of all stages (evaluation/judges.py), the others' stages are not in this experiment.
+    elsewhere = ("judge", "real", "variants", "backbone", "pairs", "detector", "detoxifier", "generator", "protector")
+    elsewhere += ("pretrain",)
+    assert not {key for key in not_free - recorded - names if key.split(".")[0] not in elsewhere}
 
 
 def test_adapter_is_safetensors_and_loads_in_plain_peft(finished: Path) -> None:
