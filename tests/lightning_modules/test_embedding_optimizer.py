@@ -93,10 +93,15 @@ def test_shared_prefix_and_plain_rows_take_the_same_path() -> None:
 
 def test_out_of_steps_is_failed_with_the_reason_after_the_retries() -> None:
     mllm = micro()
-    (outcome,) = run(mllm, jobs(mllm, 1), slots=1, max_steps=2, retries=1).outbox
+    module = run(mllm, jobs(mllm, 1), slots=1, max_steps=2, retries=1)
+    (outcome,) = module.outbox
     assert not outcome.ok
     assert "2 steps" in outcome.reason
     assert outcome.steps == 4  # two attempts of two steps
+    # The second begins at age 0 (the gradient of the first must not move it), and in another place.
+    assert {age: n for age, (_, n) in module.loss_by_age.items()} == {0: 2, 1: 2, 2: 2}
+    first = run(mllm, jobs(mllm, 1), slots=1, max_steps=2, retries=0)
+    assert module.loss_by_age[0][0] != pytest.approx(2 * first.loss_by_age[0][0], rel=1e-6)
 
 
 def test_a_loss_that_is_not_finite_fails_its_embedding_and_stays_out_of_the_curve() -> None:
