@@ -201,9 +201,8 @@ class Align:
     """Which variants the stage `align` trains; their settings are in `variants.<name>`."""
 
     variants: list[str] = doc("names from `variants`, in order", ["text_sft", "text_dpo", "sea_sft", "sea_dpo"])
-    num_workers: int = doc("loader processes", 0, low=0, free=True)
     refusal: str = doc("DPO: rejected where the model should describe E", "Sorry, I cannot help with that.")
-    precompute_reference: bool = doc("DPO: reference log-probs once, cached; false: adapter off", True)
+    precompute_reference: bool = doc("DPO: reference log-probs once, cached; false: adapter off", True, free=True)
 
 
 @dataclass

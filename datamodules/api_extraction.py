@@ -73,4 +73,7 @@ def concept_from_answer(data: dict[str, Any]) -> Concept | str:
         sentence = phrase
     elif sentence.split()[0] in ("A", "The", "Someone", "People", "An"):
         sentence = sentence[0].lower() + sentence[1:]  # it follows "The image shows that"
-    return Concept(phrase, kind, sentence, instruction)  # type: ignore[arg-type]
+    try:
+        return Concept(phrase, kind, sentence, instruction)  # type: ignore[arg-type]
+    except ValueError as error:
+        return f"the answer is no concept: {error}"

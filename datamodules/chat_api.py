@@ -231,7 +231,8 @@ class ChatAPI:
             if not busy or error.code == "insufficient_quota":  # the latter comes as a 429
                 raise PermanentError(self._say(error), all_requests=error.status_code in (401, 404, 429)) from None
             raise RetryableError(self._say(error), retry_after(error.response.headers)) from None
-        except (openai.APIConnectionError, openai.APIResponseValidationError, json.JSONDecodeError) as error:
+        except (openai.APIConnectionError, openai.APIResponseValidationError, ValueError, RecursionError) as error:
+            # The last two are what the JSON reader says to garbage.
             raise RetryableError(self._say(error)) from None
 
     def _body(self, request: Request, plain: bool) -> dict[str, Any]:

@@ -59,20 +59,24 @@ class PermanentError(Exception):
 
 def read_completion(completion: Any) -> tuple[str, tuple[int, int]]:
     """Text and (prompt, completion) tokens; what is no chat completion is an attempt to repeat."""
-    choices = getattr(completion, "choices", None)  # a body without `choices` (or plain text) passes the library
-    if not choices or getattr(choices[0], "message", None) is None:
+    choices = getattr(completion, "choices", None)  # the library checks no types: any JSON comes through
+    choice: Any = choices[0] if isinstance(choices, list) and choices else None
+    message: Any = getattr(choice, "message", None)
+    if not hasattr(message, "content"):
         raise RetryableError("the answer is no chat completion (no choices[0].message)")
-    choice = choices[0]
-    if refusal := getattr(choice.message, "refusal", None):
-        raise PermanentError(f"the model refused to answer: {refusal[:200]}")
+    if refusal := getattr(message, "refusal", None):
+        raise PermanentError(f"the model refused to answer: {str(refusal)[:200]}")
     if choice.finish_reason == "length":
         raise PermanentError("the answer was cut off: raise max_tokens")
     if choice.finish_reason == "content_filter":
         raise PermanentError("the answer was withheld by the server's content filter")
-    if not choice.message.content:
+    if not message.content:
         raise UnusableError("the answer is empty")
-    usage = completion.usage
-    return choice.message.content, (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
+    if not isinstance(message.content, str):
+        raise RetryableError(f"the answer is no chat completion (its content is a {type(message.content).__name__})")
+    counted = [getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    prompt, answer = (count if isinstance(count, int) else 0 for count in counted)
+    return message.content, (prompt, answer)
 
 
 def parse_content(text: str, schema: Mapping[str, Any] | None) -> Reply:
@@ -82,7 +86,7 @@ def parse_content(text: str, schema: Mapping[str, Any] | None) -> Reply:
     start = text.find("{")
     try:
         data, _ = json.JSONDecoder().raw_decode(text[max(start, 0) :])
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, brackets without end
         raise UnusableError(f"the answer is not JSON ({error})") from None
     missing = [key for key in schema.get("required", ()) if not isinstance(data, dict) or key not in data]
     if missing or not isinstance(data, dict):

@@ -107,9 +107,9 @@ def find_phrase(question: str, phrase: str) -> int | None:
     """Where the phrase stands in the question as whole words, whatever the case; None if nowhere."""
     wanted = phrase.lower()
     starts = [word.start for word in words_of(question)]
-    low = question.lower()
     for start in starts:
-        end = start + len(wanted)
-        if low.startswith(wanted, start) and not low[end : end + 1].isalnum():
+        # Cut, then lowered: lowering may lengthen what stands before (a capital I with a dot).
+        end = start + len(phrase)
+        if question[start:end].lower() == wanted and not question[end : end + 1].isalnum():
             return start
     return None

@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from datamodules.benchmarks import BROKEN_IMAGE, IMAGE_FORMATS
 from datamodules.concepts import concept_from_columns
 from datamodules.raw_rows import read_rows
 from datamodules.records import Record, suggest
@@ -74,11 +75,11 @@ def read_media_records(path: str, limit: int | None = None) -> tuple[list[MediaR
 def open_image(data: bytes, path: Path) -> Image.Image:
     """A picture from the bytes of its file, upright and in RGB. Raises ValueError that names the file."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             image.verify()  # checksums; it has to be opened again to be decoded
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL reports broken PNGs as SyntaxError
+    except BROKEN_IMAGE as error:
         raise ValueError(f"{path}: cannot be read as an image ({error}); fetch the file again") from error
 
 
@@ -92,10 +93,14 @@ def _media_record(values: Mapping[str, Any], where: str, root: Path) -> MediaRec
     media = values["media"]
     if not isinstance(media, str) or not media.strip():
         raise ValueError(f"key 'media': got {media!r:.60}, expected a path relative to {root}")
-    path = (root / media).resolve()
+    try:
+        path = (root / media).resolve()
+        there = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long; links that lead in a circle
+        raise ValueError(f"key 'media': {media:.60} cannot be looked up ({error!r:.80})") from None
     if not path.is_relative_to(root):  # also when a link, or an absolute path, leads out
         raise ValueError(f"key 'media': {media} lies outside {root}; keep the media in the folder of the file")
-    if not path.is_file():
+    if not there:
         raise ValueError(f"{path}: no such file, named by the key 'media'")
     record = Record(
         id=values["id"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import re
 import zlib
@@ -74,7 +75,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 continue
             try:
                 values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:  # also a number of thousands of digits, brackets without end
                 yield Row(where, {}, f"not a line of JSON ({_brief(error)})")
                 continue
             if isinstance(values, dict):
@@ -86,10 +87,11 @@ def _json_rows(path: Path) -> Iterator[Row]:
 def _csv_rows(path: Path) -> Iterator[Row]:
     with _open(path) as file:
         try:
-            lines = file.read().decode("utf-8-sig").splitlines(keepends=True)
+            text = file.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 ({_brief(error)}); convert it first") from None
-    reader = csv.reader(lines, strict=True)
+    # Not splitlines(): to it a line separator or form feed inside a cell would end the row.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     while True:
         where = f"{path}:{reader.line_num + 1}"

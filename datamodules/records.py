@@ -163,6 +163,9 @@ def _known_keys(cls: type, value: Mapping[str, Any]) -> None:
 def _text(name: str, value: object) -> None:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"key {name!r}: got {value!r:.60}, expected a text that is not empty")
+    if not value.isascii() and any("\ud800" <= sign <= "\udfff" for sign in value):
+        # JSON can carry half a surrogate pair; no file and no tokenizer takes it.
+        raise ValueError(f"key {name!r}: holds half a surrogate pair, which is no character; mend the text")
 
 
 def _digest(text: str) -> str:

@@ -198,7 +198,7 @@ class TextSafetyData:
         values = _rename(values, columns)
         question, chosen, rejected = values["question"], values["chosen"], values.get("rejected") or None
         for name, text in (("question", question), ("chosen", chosen), ("rejected", rejected)):
-            if text is not None and not isinstance(text, str):
+            if not isinstance(text, str) and not (text is None and name == "rejected"):
                 raise ValueError(f"key {columns.get(name, name)!r}: got a {type(text).__name__}, expected a text")
         if "harmful" in values:
             harmful = flag(columns.get("harmful", "harmful"), values["harmful"])
@@ -255,7 +255,8 @@ def _from_saferlhf(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if not any(safe):
         raise LeftOut("both answers are unsafe")
     best = values["safer_response_id"]
-    if best not in (0, 1) or not safe[best]:
+    # JSON's true and 1.0 are equal to 1, but name no column.
+    if type(best) is not int or best not in (0, 1) or not safe[best]:
         raise ValueError(f"key 'safer_response_id': got {best!r}, expected 0 or 1, and the answer to be safe")
     harms = values.get(f"response_{1 - best}_harm_category")
     return {

@@ -29,7 +29,7 @@ def shows_concept(answer: str, phrase: str, sentence: str) -> bool:
     the latter, which does not contain the former.
     """
     predicate = sentence.split(" is ", 1)[-1]
-    return contains_phrase(answer, phrase) or contains_phrase(answer, predicate)
+    return contains_phrase(answer, phrase) or (words_of(predicate) != [] and contains_phrase(answer, predicate))
 
 
 def names_words(answer: str, phrase: str) -> bool:

@@ -212,7 +212,8 @@ def _results(rows: list[GenerationRow], log: JudgementLog, asr_judge: str) -> li
         groups.setdefault((row.variant, row.guard, row.benchmark, row.task), []).append(row)
     entries = []
     for (variant, guard, benchmark, task), group in groups.items():
-        scenarios = dict.fromkeys(row.scenario for row in group)
+        # A scenario that is called "all" could not be told from the pooled one; it counts there.
+        scenarios = dict.fromkeys(row.scenario for row in group if row.scenario != "all")
         for scenario in ("all", *scenarios):
             chosen = [row for row in group if scenario in ("all", row.scenario)]
             for metric, judge, rate in _rates(chosen, log, asr_judge):

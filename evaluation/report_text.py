@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -166,7 +168,7 @@ def _scenario_table(results: Sequence[Mapping[str, Any]], benchmark: str) -> lis
         ]
         for scenario in (*(s for s in scenarios if s != "all"), "all"):
             cells = [_cell(_find(results, benchmark, v, asr, scenario), " ") for v in variants]
-            lines.append(f"| {scenario} | " + " | ".join(cells) + " |")
+            lines.append(f"| {_name(scenario)} | " + " | ".join(cells) + " |")
         benign = [_cell(_find(results, benchmark, v, Column("", "benign_compliance", task)), " ") for v in variants]
         lines.append("| *benign compliance* | " + " | ".join(benign) + " |")
     return lines
@@ -232,6 +234,11 @@ def _cell(entry: Mapping[str, Any] | None, separator: str, bold: bool = False) -
 
 def _task(task: str) -> str:
     return "text" if task == "text_only" else task.replace("_", " ")
+
+
+def _name(text: str) -> str:
+    """A name from a data file in one cell of a table: it may hold line feeds, bars, links and HTML."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _percent(value: float | None) -> str:

@@ -7,6 +7,7 @@ its adapter switched off.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ class DPOAligner(Aligner):
 def save_reference(path: Path, ids: Sequence[str], logps: torch.Tensor) -> None:
     """Caches reference log-probs [N, 2] for `ids`; atomic."""
     temporary = path.with_suffix(".tmp")
-    save_file({"logps": logps.contiguous()}, temporary, {"ids": "\n".join(ids)})
+    save_file({"logps": logps.contiguous()}, temporary, {"ids": json.dumps(list(ids))})
     temporary.replace(path)
 
 
@@ -119,8 +120,8 @@ def load_reference(path: Path, ids: Sequence[str]) -> dict[str, tuple[float, flo
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        stored = (file.metadata() or {}).get("ids", "").split("\n")
-    if stored != list(ids):
+        stored = (file.metadata() or {}).get("ids", "")
+    if stored != json.dumps(list(ids)):  # an id may hold any sign, a line feed too
         return None
     values = load_file(path)["logps"].tolist()
     return {i: (v[0], v[1]) for i, v in zip(ids, values, strict=True)}

@@ -13,6 +13,7 @@ Symbols: S slots, T target tokens of all active slots, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,7 +75,8 @@ def slot_losses(out: BranchLogits, n: int, style_weight: float, margin: float) -
         top = logits.topk(2, dim=-1)
         target = logits.gather(-1, out.labels[:, None])[:, 0]
         runner_up = torch.where(top.indices[:, 0] == out.labels, top.values[:, 1], top.values[:, 0])
-        lacking = ~(target - runner_up >= margin)
+        # With margin 0 a tie would pass, which greedy decoding may settle for the other token (bfloat16 has many).
+        lacking = ~((target > runner_up) & (target - runner_up >= margin))
         finished = zero[:n].index_add(0, out.item, lacking.to(nll.dtype)) == 0
     return SlotState(content + style_weight * style, finished)
 
@@ -203,9 +205,10 @@ class EmbeddingOptimizer(L.LightningModule):
         for slot, value, done in zip(slots, loss, finished, strict=True):
             entry, age = self.table[slot], optimizer.ages[slot]
             assert entry is not None
-            total = self.loss_by_age.setdefault(age, [0.0, 0.0])
-            total[0], total[1] = total[0] + value, total[1] + 1
-            sane = value == value and abs(value) != float("inf")
+            sane = math.isfinite(value)
+            if sane:  # one NaN would spoil the curve, and no JSON file takes it
+                total = self.loss_by_age.setdefault(age, [0.0, 0.0])
+                total[0], total[1] = total[0] + value, total[1] + 1
             if sane and not done and age < self.max_steps:
                 stay.append(slot)
                 continue

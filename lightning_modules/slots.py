@@ -125,6 +125,10 @@ class SlotTensors(nn.Module):
         self.blank = [e.float().clone() for e in E0.values()]
         self.scales = [max(float(e.square().mean().sqrt()), 1e-6) for e in self.blank]
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SlotTensors:
+        """`.to()` moves, and never casts: trainer.precision=bf16-true would take E's and Adam's small steps away."""
+        return super()._apply(lambda value: value.to(fn(value).device), recurse)
+
     @torch.no_grad()
     def restart(self, slot: int, noise: float, generator: torch.Generator) -> None:
         """Back to the blank, plus Gaussian noise of `noise` times the blank's RMS."""

@@ -46,9 +46,12 @@ def run(cfg: Config, run: Run) -> None:
 
 def align_variant(cfg: Config, run: Run, name: str, variant: AlignVariant) -> None:
     """One variant: data, adapter, fit, export to `align/<name>/adapter`."""
-    keys = ["seed", "model", "data", "synthesis.harmful", "synthesis.harmless", f"variants.{name}"]
+    keys = ["seed", "model", "data", "synthesis.harmful", "synthesis.harmless", f"variants.{name}", "trainer.precision"]
     after = []
     if variant.data == "sea":
+        # Of the stage synthesize, whose own settings do not count where the store is another run's.
+        keys += ["align.refusal", "synthesis.include_failed"]
+        keys += ["synthesis.verify_max_new_tokens"] * bool(variant.mixture.replay)
         after = ["synthesize"] * (cfg.store.path is None) + ["encode"] * (cfg.real.path is not None)
         keys += ["real"] * (cfg.real.path is not None)
     stage = run.stage(f"align/{name}", run.settings(*keys, "store.path"), after=after)

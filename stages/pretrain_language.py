@@ -50,7 +50,7 @@ def run(cfg: Config, run: Run) -> None:
     """Writes `pretrain_language/model`, a folder for plain `from_pretrained`."""
     keys = [f"pretrain.language_{key}" for key in ("steps", "pictures", "lessons", "noise", "lr")]
     keys += [f"pretrain.robust_{key}" for key in ("steps", "lessons", "noise", "radius", "lr", "style_steps")]
-    keys.append("pretrain.shared_noise")
+    keys += ["pretrain.shared_noise", "trainer.precision"]
     stage = run.stage(
         "pretrain_language", run.settings("seed", "model.prompts", "pretrain.draws", *keys), after=["pretrain_tower"]
     )

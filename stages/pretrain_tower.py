@@ -24,9 +24,8 @@ from stages.trainers import trainer
 
 def run(cfg: Config, run: Run) -> None:
     """Writes `pretrain_tower/tower.safetensors`."""
-    stage = run.stage(
-        "pretrain_tower", run.settings("seed", "pretrain.tower_steps", "pretrain.tower_batch_size", "pretrain.tower_lr")
-    )
+    keys = [f"pretrain.tower_{key}" for key in ("steps", "batch_size", "lr")]
+    stage = run.stage("pretrain_tower", run.settings("seed", "trainer.precision", *keys))
     if stage.done:
         return
     L.seed_everything(cfg.seed, verbose=False)

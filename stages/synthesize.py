@@ -27,7 +27,7 @@ from datamodules.embedding_store import EmbeddingStore
 from datamodules.records import Record, read_records, write_records
 from datamodules.sources import safety_records, with_concepts
 from datamodules.synthesis_ticks import SynthesisDataModule
-from evaluation.phrases import shows_concept
+from evaluation.phrases import shows_concept, words_of
 from evaluation.report import synthesis_summary
 from lightning_modules.embedding_optimizer import EmbeddingOptimizer
 from lightning_modules.slots import SecondMoment
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 def settings(run: Run) -> dict[str, Any]:
     """The keys that an embedding depends on: all of the model's but where LoRA goes."""
-    keys = run.settings("seed", "model", "data", "concepts", "synthesis", "store")
+    keys = run.settings("seed", "model", "data", "concepts", "synthesis", "store", "trainer.precision")
     return {key: value for key, value in keys.items() if key != "model.lora_targets"}
 
 
@@ -179,7 +179,9 @@ def verify(cfg: Config, mllm: MLLM, records: Sequence[Record], store: EmbeddingS
             answers = answer_embedded(mllm, asked, E, cfg.synthesis.verify_max_new_tokens)
             for record, answer in zip(part, answers, strict=True):
                 assert record.concept is not None
-                shown = shows_concept(answer, record.concept.phrase, record.concept.sentence)
+                concept = record.concept
+                # A phrase of signs alone ("?!", an emoji) cannot be looked for: not verified, rather than no synthesis.
+                shown = shows_concept(answer, concept.phrase, concept.sentence) if words_of(concept.phrase) else None
                 store.mark(record.id, verified=shown, answer=answer, judge="phrase")
             progress.advance(len(part))
 

@@ -49,7 +49,8 @@ class Parts(NamedTuple):
 
 def run(cfg: Config, run: Run) -> None:
     """Raises ValueError for data or a backbone that is missing or does not fit."""
-    stage = run.stage("train_detector", run.settings("seed", "data", "pairs", "backbone", "detector"))
+    settings = run.settings("seed", "data", "pairs", "backbone", "detector", "trainer.precision")
+    stage = run.stage("train_detector", settings)
     if stage.done:
         return
     L.seed_everything(cfg.seed, verbose=False)

@@ -48,7 +48,7 @@ def run(cfg: Config, run: Run) -> None:
 def train_and_export(cfg: Config, run: Run) -> None:
     """The sub-stage that trains."""
     measured_only = ("detector", "evaluate", "max_new_tokens")
-    settings = run.settings("seed", "data", "pairs", "backbone", "detoxifier")
+    settings = run.settings("seed", "data", "pairs", "backbone", "detoxifier", "trainer.precision")
     settings = {k: v for k, v in settings.items() if k not in {f"detoxifier.{name}" for name in measured_only}}
     stage = run.stage("train_detoxifier", settings)
     if stage.done:

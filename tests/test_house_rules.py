@@ -134,6 +134,13 @@ def test_every_key_is_read_somewhere() -> None:
     assert not unread, f"no code reads {unread}: use them or take them out of configs/schema.py"
 
 
+def test_what_is_cached_is_not_committed() -> None:
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    places = [str(leaf.value) for key, leaf in schema().items() if key.endswith(".cache_dir")]
+    assert places, "the keys have new names: look for them here too"
+    assert all(place.split("/")[0] + "/" in ignored for place in places), "caches hold texts of the users' data"
+
+
 def setup() -> configparser.ConfigParser:
     parser = configparser.ConfigParser(comment_prefixes=("#",), inline_comment_prefixes=None)
     parser.read(ROOT / "setup.cfg")

@@ -64,13 +64,14 @@ def test_an_image_that_is_missing_is_named_when_the_benchmark_is_read(figstep):
     assert len(read_figstep(figstep, tasks=["text_only"])) == 4  # no image is needed
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "flipped"])
+@pytest.mark.parametrize("damage", ["cut", "text", "flipped", "header"])
 def test_an_unreadable_image_is_named_when_its_turn_comes(figstep, damage):
     path = figstep / "images" / "query_ForbidQI_1_1_6.png"
     data = path.read_bytes()
     flipped = bytearray(data)
     flipped[-14] ^= 0xFF  # in the checksum of the pixels: they decode, but were not what was stored
-    path.write_bytes({"cut": data[: len(data) // 2], "text": b"hello", "flipped": bytes(flipped)}[damage])
+    damaged = {"cut": data[: len(data) // 2], "text": b"hello", "flipped": bytes(flipped), "header": data[:20]}
+    path.write_bytes(damaged[damage])
     prompts = read_figstep(figstep, tasks_per_topic=1)  # reading the benchmark opens nothing
     with pytest.raises(ValueError, match=r"query_ForbidQI_1_1_6\.png: cannot be read as an image"):
         open_media(prompts[0])

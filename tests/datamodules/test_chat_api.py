@@ -71,15 +71,30 @@ def test_request_carries_key_model_settings_and_schema(loopback: LoopbackServer,
         Garbage(),
         Garbage("{}"),
         Garbage("busy", "text/plain"),
+        Garbage("[" * 100_000),
+        Garbage('{"choices": ' + "1" * 5000 + "}"),
+        Garbage('{"choices": {"a": 1}}'),
+        Garbage('{"choices": 3}'),
+        Garbage('{"choices": [{"message": "hello"}]}'),
+        Garbage('{"choices": [{"finish_reason": "stop", "message": {"content": [{"type": "text", "text": "x"}]}}]}'),
         Drop(),
     ],
-    ids=str,
+    ids=lambda trouble: str(trouble)[:80],
 )
 def test_passing_trouble_is_retried(loopback: LoopbackServer, tmp_path: Path, trouble: Any) -> None:  # noqa: F811
     loopback.script = [trouble, trouble]
     api = client(loopback, tmp_path)
     assert api.complete_many(questions(1)) == [Reply(text="ok")]
     assert (loopback.count, api.usage.requests, api.usage.retries, api.usage.failed) == (3, 3, 2, 0)
+
+
+@pytest.mark.parametrize("usage", ["none", [1], {"prompt_tokens": "many"}], ids=str)
+def test_an_odd_token_count_does_not_cost_the_answer(loopback: LoopbackServer, tmp_path: Path, usage: Any) -> None:  # noqa: F811
+    message = {"finish_reason": "stop", "message": {"content": "ok"}}
+    loopback.script = [Garbage(json.dumps({"choices": [message], "usage": usage}))]
+    api = client(loopback, tmp_path)
+    assert api.complete_many(questions(1)) == [Reply(text="ok")]
+    assert (api.usage.prompt_tokens, api.usage.completion_tokens) == (0, 0)
 
 
 def test_lasting_trouble_costs_one_request_not_the_batch(tmp_path: Path) -> None:
@@ -123,7 +138,7 @@ def test_slow_answer_times_out_and_is_retried(loopback: LoopbackServer, tmp_path
     assert "no complete answer within 0.4 s" in str(reply.error)
 
 
-@pytest.mark.parametrize("content", ["no json at all", '{"kind": ', '{"other": 1}', "[1]", ""])
+@pytest.mark.parametrize("content", ["no json at all", '{"kind": ', '{"other": 1}', "[1]", "", "[" * 100_000])
 def test_answer_that_breaks_the_schema_is_asked_for_once_more(
     loopback: LoopbackServer,  # noqa: F811
     tmp_path: Path,

@@ -101,6 +101,7 @@ def test_instruction_by_rule(question: str, phrase: str, kind: Kind, instruction
 def test_phrase_is_found_as_whole_words_whatever_the_case() -> None:
     assert find_phrase("Theatre: the art.", "THE ART") == 9
     assert find_phrase("Theatre", "the") is None
+    assert find_phrase("İİ bake bread", "Bake bread") == 3  # in lower case its first two letters are four characters
     with pytest.raises(ValueError, match="does not occur in the question"):
         make_concept("How do I bake bread?", "bake cake", "activity")
 
@@ -251,6 +252,7 @@ def test_api_extractor_asks_once_for_each_question_and_keeps_failures_apart(tmp_
         ({"kind": "thing"}, "neither activity nor product"),
         ({"phrase": " ?"}, "phrase is empty"),
         ({"phrase": None}, "not all texts"),
+        ({"sentence": "a person is baking \ud800"}, "key 'sentence': holds half a surrogate pair"),
         ({"instruction": "How do I do it?"}, "does not say 'this activity'"),
         ({"instruction": "How do I bake sourdough bread, this activity?"}, "still names the phrase"),
     ],

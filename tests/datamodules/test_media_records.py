@@ -54,6 +54,8 @@ def test_a_row_becomes_a_record_with_its_medium(folder: Path) -> None:
         ({"media": "pics/link.png"}, "lies outside"),
         ({"media": "{outside}"}, "lies outside"),
         ({"media": 3}, "key 'media': got 3"),
+        ({"media": "x" * 5000}, "cannot be looked up"),
+        ({"media": "pics/circle.png"}, "circle.png"),
         ({"harmful": "no"}, "key 'harmful': got 'no'"),
         ({"question": " "}, "key 'question'"),
         ({"medium": "x"}, "key 'medium' is unknown"),
@@ -63,6 +65,7 @@ def test_a_row_becomes_a_record_with_its_medium(folder: Path) -> None:
 def test_a_bad_row_is_kept_apart_with_its_line_and_reason(folder: Path, change: dict[str, Any], reason: str) -> None:
     outside = folder.parent / "outside.png"
     (folder / "pics" / "link.png").symlink_to(outside)
+    (folder / "pics" / "circle.png").symlink_to("circle.png")
     change = {k: v.format(outside=outside) if isinstance(v, str) else v for k, v in change.items()}
     found, (bad,) = read(folder, ROW | {"id": "good"}, ROW | change)
     assert [m.record.id for m in found] == ["good"]
@@ -100,6 +103,8 @@ def test_an_image_is_opened_upright_and_a_damaged_one_is_named(folder: Path) -> 
     data = (folder / "turned.png").read_bytes()
     opened = open_image(data, folder / "turned.png")
     assert (opened.mode, opened.size) == ("RGB", (4, 6))
-    for damaged in (data[: len(data) // 2], b"", b"no image"):
+    header = data[:12] + b"JUNK" + data[16:]  # PIL has a ValueError for it
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
+    for damaged in (data[: len(data) // 2], data[:20], header, eps, b"", b"no image"):
         with pytest.raises(ValueError, match=r"turned\.png: cannot be read as an image"):
             open_image(damaged, folder / "turned.png")

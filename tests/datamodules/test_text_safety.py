@@ -80,9 +80,10 @@ def test_row_without_a_safe_answer_is_never_a_target(tmp_path: Path) -> None:
     assert data.report.left_out == {"both answers are unsafe": 1}
 
 
-def test_contradicting_safety_labels_are_a_bad_row(tmp_path: Path) -> None:
-    path = write(tmp_path / "d.jsonl", [hub_row((True, False), 1)])
-    with pytest.raises(ValueError, match=r"d.jsonl:1: key 'safer_response_id': got 1"):
+@pytest.mark.parametrize("best", [1, 2, None, "0", False, 0.0])
+def test_contradicting_or_odd_safety_labels_are_a_bad_row(tmp_path: Path, best: Any) -> None:
+    path = write(tmp_path / "d.jsonl", [hub_row((True, False), best)])
+    with pytest.raises(ValueError, match=rf"d.jsonl:1: key 'safer_response_id': got {best!r}"):
         TextSafetyData("saferlhf", path).records("all")
 
 
@@ -208,6 +209,9 @@ def test_label_column_decides(tmp_path: Path, value: Any, flag: bool) -> None:
         ({"question": "q", "chosen": "a"}, "neither a column 'harmful' nor a rejected answer"),
         ({"question": "q", "chosen": "", "rejected": "b"}, "key 'chosen': got '', expected a text"),
         ({"question": 3, "chosen": "a"}, "key 'question': got a int, expected a text"),
+        ({"question": None, "chosen": "a", "rejected": "b"}, "key 'question': got a NoneType, expected a text"),
+        ({"question": "q", "chosen": None, "rejected": "b"}, "key 'chosen': got a NoneType, expected a text"),
+        ({"question": "q \ud800", "chosen": "a", "rejected": "b"}, "key 'question': holds half a surrogate pair"),
         (
             {"quesion": "q", "chosen": "a"},
             "no column 'question', the row has quesion, chosen; map it.*Did you mean 'quesion'",
@@ -219,8 +223,10 @@ def test_label_column_decides(tmp_path: Path, value: Any, flag: bool) -> None:
         ),
         ("{", "not a line of JSON"),
         ("[]", "got a list, expected an object"),
+        ("[" * 100_000, "not a line of JSON"),
+        ('{"question": ' + "1" * 5000 + "}", "not a line of JSON"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_bad_row_stops_or_is_counted(tmp_path: Path, row: Any, message: str, caplog: pytest.LogCaptureFixture) -> None:
     good = {"question": "fine", "chosen": "a", "rejected": "b"}
@@ -239,6 +245,13 @@ def test_bad_csv_rows_are_named_by_line(tmp_path: Path) -> None:
     data = TextSafetyData("csv", str(path), bad_rows="skip")
     assert sorted(r.source for r in data.records("all")) == [f"{path}:2", f"{path}:5"]
     assert data.report.bad == [(f"{path}:4", "got 2 cells, the header has 3")]
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\x0c", "\x85", "\x1c"])
+def test_only_a_line_feed_ends_a_csv_row(tmp_path: Path, sign: str) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text(f"question,chosen,rejected\nwhat{sign}is this,a,b\n", encoding="utf-8")
+    assert only(TextSafetyData("csv", str(path))).question == f"what{sign}is this"
 
 
 def test_not_utf8_is_a_bad_row(tmp_path: Path) -> None:

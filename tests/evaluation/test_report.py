@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -66,6 +67,19 @@ def entry(report, variant, task, metric, scenario="all"):
     found = [e for e in report["results"] if tuple(e[k] for k in keys) == (variant, task, metric, scenario)]
     assert len(found) == 1, found
     return found[0]
+
+
+def test_names_of_scenarios_cannot_break_the_report(rows, log, tmp_path):
+    names = {"fraud": "a | b\nc <img src=x> [d](e)", "sex": "all"}
+    rows = [replace(row, scenario=names.get(row.scenario, row.scenario)) for row in rows]
+    rows.append(replace(rows[0], id="another", scenario="third"))
+    judge_rows(rows, RefusalJudge(), log)
+    report = report_of(rows, log)
+    assert entry(report, "sea_sft", "image_plain", "asr")["n"] == 5
+    assert entry(report, "sea_sft", "image_plain", "asr", names["fraud"])["n"] == 2
+    lines = write_report(report, tmp_path).markdown.read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("| a ")]
+    assert line.startswith(r"| a \| b c &lt;img src=x&gt; \[d\](e) | ")
 
 
 def test_rates_are_counted_by_variant_task_and_scenario(rows, log):

@@ -278,6 +278,13 @@ def test_a_checkpoint_holds_the_adapter_alone_and_resumes_to_the_same_weights(tm
         assert torch.equal(value, finals[1][name]), name
 
 
+def test_cached_reference_is_found_again_whatever_its_ids_hold(tmp_path: Path) -> None:
+    path, ids = tmp_path / "r.safetensors", ["text/a\nb", "text/a", "text/é ☃"]
+    save_reference(path, ids, torch.arange(6.0).view(3, 2))
+    assert load_reference(path, ids) == {ids[0]: (0.0, 1.0), ids[1]: (2.0, 3.0), ids[2]: (4.0, 5.0)}
+    assert load_reference(path, ["text/a", "b", *ids[1:]]) is None
+
+
 def test_cached_reference_equals_the_adapter_switched_off(tmp_path: Path) -> None:
     mllm = micro()
     model = trainable_model(mllm, VARIANT)
@@ -357,6 +364,22 @@ def test_an_attack_stays_within_its_radius_and_raises_the_loss() -> None:
     assert len({round(float(d), 6) for d in distance}) == 4  # each example draws its own
     alone = module.attacked({PATH: E[PATH]}, ids)
     assert torch.equal(alone[PATH], moved[PATH])
+
+
+def test_half_of_the_gradient_comes_from_the_attacked_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    mllm = micro()
+    module = SFTAligner(mllm, trainable_model(mllm, VARIANT), steps=1, attack_radius=0.2)
+    shake(module.model)
+    monkeypatch.setattr(module, "manual_backward", torch.Tensor.backward)  # what Lightning's does without a trainer
+    items, ids = made(mllm, False, True)[1], ["0", "1", "2", "3"]
+    E = {path: e.requires_grad_() for path, e in embeddings(mllm, 4).items()}
+    module.micro_step(items, E, ids, 1.0)[0].backward()
+    clean = gradients(module.model)
+    module.micro_step(items, module.attacked(E, ids), ids, 1.0)[0].backward()
+    attacked = gradients(module.model)
+    module.micro_backward(items, {PATH: E[PATH].detach()}, ids, 1.0)
+    for name, gradient in gradients(module.model).items():
+        torch.testing.assert_close(gradient, (clean[name] + attacked[name]) / 2, rtol=1e-4, atol=1e-6)
 
 
 def test_full_fine_tuning_trains_all_but_the_encoder() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import pytest
 import torch
@@ -20,13 +22,16 @@ from tests.micro import config, jobs, micro
 SETTINGS = {"lr": config().synthesis.lr, "betas": config().synthesis.betas, "margin": config().synthesis.margin}
 
 
-def run(mllm: MLLM, waiting: list[SynthesisJob], steps: int = -1, **settings: object) -> EmbeddingOptimizer:
+def run(
+    mllm: MLLM, waiting: list[SynthesisJob], steps: int = -1, precision: Any = "32-true", **settings: object
+) -> EmbeddingOptimizer:
     quieten()
     module = EmbeddingOptimizer(mllm, waiting, **{**SETTINGS, **settings})
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,
         max_steps=steps,
+        precision=precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -88,10 +93,24 @@ def test_shared_prefix_and_plain_rows_take_the_same_path() -> None:
 
 def test_out_of_steps_is_failed_with_the_reason_after_the_retries() -> None:
     mllm = micro()
-    (outcome,) = run(mllm, jobs(mllm, 1), slots=1, max_steps=2, retries=1).outbox
+    module = run(mllm, jobs(mllm, 1), slots=1, max_steps=2, retries=1)
+    (outcome,) = module.outbox
     assert not outcome.ok
     assert "2 steps" in outcome.reason
     assert outcome.steps == 4  # two attempts of two steps
+    # The second begins at age 0 (the gradient of the first must not move it), and in another place.
+    assert {age: n for age, (_, n) in module.loss_by_age.items()} == {0: 2, 1: 2, 2: 2}
+    first = run(mllm, jobs(mllm, 1), slots=1, max_steps=2, retries=0)
+    assert module.loss_by_age[0][0] != pytest.approx(2 * first.loss_by_age[0][0], rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_fails_its_embedding_and_stays_out_of_the_curve() -> None:
+    mllm = micro()
+    with torch.no_grad():
+        mllm.model.get_output_embeddings().weight.fill_(float("nan"))
+    module = run(mllm, jobs(mllm, 2), slots=2, max_steps=3, retries=1)
+    assert [(o.ok, o.reason) for o in module.outbox] == [(False, "loss is not finite")] * 2
+    assert not module.loss_by_age
 
 
 def test_slots_refill_and_every_job_leaves_once() -> None:
@@ -127,11 +146,14 @@ def test_an_interrupted_slot_continues_where_it_was() -> None:
     assert all(torch.equal(resumed.E[path], e) for path, e in whole.E.items())
 
 
-def test_E_stays_float32_under_a_bfloat16_model() -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_E_stays_float32_under_a_bfloat16_model(precision: str) -> None:
     mllm = micro(dtype=torch.bfloat16)
-    module = run(mllm, jobs(mllm, 1), slots=1, max_steps=3, retries=0)
+    module = run(mllm, jobs(mllm, 1), precision=precision, slots=1, max_steps=3, retries=0)
     assert {e.dtype for e in module.outbox[0].E.values()} == {torch.float32}
     assert module.tensors.values[0].dtype == torch.float32
+    (adam,) = module.trainer.optimizers
+    assert {value.dtype for state in adam.state.values() for value in state.values()} == {torch.float32}
 
 
 def branch_logits(target_lead: list[float]) -> BranchLogits:
@@ -147,6 +169,11 @@ def branch_logits(target_lead: list[float]) -> BranchLogits:
 )
 def test_finished_needs_every_target_to_lead_by_the_margin(leads: list[float], finished: bool) -> None:
     assert slot_losses(branch_logits(leads), 1, 1.0, margin=0.5).finished.tolist() == [finished]
+
+
+def test_a_tie_is_not_finished_whatever_the_margin() -> None:
+    assert slot_losses(branch_logits([1.0, 0.0, 1.0]), 1, 1.0, margin=0.0).finished.tolist() == [False]
+    assert slot_losses(branch_logits([1.0, 1e-3, 1.0]), 1, 1.0, margin=0.0).finished.tolist() == [True]
 
 
 def test_loss_is_the_sum_of_the_two_means() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -54,6 +55,14 @@ def test_one_second_moment_for_an_embedding_keeps_the_direction_of_its_gradient(
     optimizer.reset(0)
     assert optimizer.state[slots]["exp_avg_sq"].flatten().tolist()[0] == 0
     assert optimizer.state[slots]["exp_avg_sq"].flatten().tolist()[1] > 0
+
+
+@pytest.mark.parametrize(("kind", "half"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.525)])
+def test_schedule_warms_up_then_decays_to_a_twentieth(kind: str, half: float) -> None:
+    factor = schedule(kind, 3, 23)
+    end = 1.0 if kind == "constant" else 0.05
+    assert [factor(age) for age in (0, 1, 2, 3)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert [factor(age) for age in (13, 23, 30)] == pytest.approx([half, end, end])
 
 
 def test_inactive_slots_do_not_move() -> None:

@@ -13,10 +13,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import train
+from configs.keys import leaves
 from datamodules.embedding_store import EmbeddingStore
 from scripts import show_sample
 from stages.replays import FILE, read_replays
-from tests.micro import micro
+from tests.micro import config, micro
 
 SMALL = [
     "experiment=sea_image", "synthesis.harmful=3", "synthesis.harmless=3", "synthesis.slots=4",
@@ -71,11 +72,22 @@ def test_the_same_command_again_computes_nothing(finished: Path) -> None:
     assert adapter.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("change", ["synthesis.lr=0.123", "trainer.precision=bf16-mixed", "align.refusal=No."])
 def test_a_changed_setting_in_the_same_run_is_refused_by_name(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert start(finished, "synthesis.lr=0.123") == 1
-    assert "synthesis.lr" in capsys.readouterr().err
+    assert start(finished, change) == 1
+    assert change.partition("=")[0] in capsys.readouterr().err
+
+
+def test_every_setting_that_may_not_change_is_recorded_by_a_stage(finished: Path) -> None:
+    recorded = {key for path in finished.rglob("stage.json") for key in json.loads(path.read_text())["made_from"]}
+    not_free = {leaf.key for leaf in leaves(config()) if not leaf.field.metadata.get("free")}
+    names = {"experiment", "run", "run_dir", "stages", "align.variants"}  # they say what is done, not how
+    # Judging is outside of all stages (evaluation/judges.py), the others' stages are not in this experiment.
+    elsewhere = ("judge", "real", "variants", "backbone", "pairs", "detector", "detoxifier", "generator", "protector")
+    elsewhere += ("pretrain",)
+    assert not {key for key in not_free - recorded - names if key.split(".")[0] not in elsewhere}
 
 
 def test_replayed_answers_are_written_once_and_read_by_a_resumed_run(finished: Path, tmp_path: Path) -> None:
@@ -161,6 +173,23 @@ def test_an_empty_data_set_is_an_error_that_names_the_file(tmp_path: Path, capsy
     path.write_text("")
     assert start(tmp_path / "r", "data=jsonl", f"data.path={path}") == 1
     assert "empty.jsonl" in capsys.readouterr().err
+
+
+def test_a_phrase_without_words_is_unverified_and_does_not_stop_synthesis(tmp_path: Path) -> None:
+    concept = {"kind": "product", "sentence": "x", "instruction": "Where is this product?"}
+    rows = [
+        {"id": f"r{i}", "question": f"Where is it, {i}?", "chosen": "Here.", "rejected": "No.", "harmful": False}
+        | {"concept": {"phrase": phrase, **concept}}
+        for i, phrase in enumerate(["\U0001f511", "the lock"])
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["data=jsonl", f"data.path={path}", "data.holdout=0", "data.limit=null"]
+    assert start(tmp_path / "r", *data, "synthesis.max_steps=200", "synthesis.retries=1", "stages=[synthesize]") == 0
+    with EmbeddingStore.open(tmp_path / "r" / "synthesize" / "store") as store:
+        assert store.meta("r0").status == "ok"
+        assert (store.meta("r0").verified, store.meta("r0").judge) == (None, "phrase")
+        assert store.meta("r1").verified is not None
 
 
 def test_an_embedding_store_of_another_model_is_refused(
