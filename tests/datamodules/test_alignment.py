@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.schema import Mixture
-from datamodules.alignment import AlignmentBatch, AlignmentExample, MixtureSampler, chunks, encode, examples
+from datamodules.alignment import AlignmentBatch, AlignmentExample, Batches, MixtureSampler, chunks, encode, examples
 from datamodules.micro_world import REFUSAL, records
 from tests.micro import micro
 
@@ -45,6 +45,17 @@ def test_replay_asks_what_the_unaligned_model_was_asked_and_takes_its_answer() -
     ]
     with pytest.raises(ValueError, match="no examples for replay"):
         examples(made, {r.id for r in made}, mixture, prompts, "image", REFUSAL, 0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_divide_every_batch(world: int) -> None:
+    data = [replace(e, embedding=None) for e in mixed(8)]
+    items = [encode(e, micro().prompts, (), pairs=False) for e in data]
+    sampler = MixtureSampler(data, ALL, 7, 0)
+    for step in range(3):
+        shares = [Batches(items, data, sampler, None, 3, rank, world).batch(step).ids for rank in range(world)]
+        assert sorted(id for share in shares for id in share) == sorted(data[i].id for i in sampler.step(step))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_embeddings_that_are_not_available_are_left_out() -> None:

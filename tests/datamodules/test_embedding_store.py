@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 
 from datamodules.durable import BusyError, CorruptFileError, DiskFullError
+from datamodules.embedding_shards import write_shard
 from datamodules.embedding_store import EmbeddingMeta, EmbeddingStore, StoredEmbedding, StoreMismatchError
 from datamodules.records import Concept
 
@@ -215,6 +216,31 @@ def test_verify_names_the_damaged_shard(tmp_path: Path, change: str, message: st
     shard, store = damaged(tmp_path, change)
     with pytest.raises(CorruptFileError, match=f"{shard}.*{message}"):
         store.verify()
+
+
+@pytest.mark.parametrize(
+    ("ids", "values", "message"),
+    [
+        (["b", "a"], {}, "row 0 is not 'a'"),
+        (["a", "b"], {"merger": torch.full((2, 4, 3), float("nan"))}, r"NaN or infinity in merger of .*'a', 'b'"),
+        (["a", "b"], {"merger": torch.zeros(2, 3, 4)}, "expected .*merger"),
+        (["a", "b"], {"merger": torch.zeros(2, 4, 3, dtype=torch.float16)}, "expected .*merger"),
+        (["a"], {}, "holds 1 ids"),
+    ],
+    ids=["swapped", "nan", "shape", "dtype", "ids"],
+)
+def test_verify_looks_behind_a_hash_that_agrees(
+    tmp_path: Path, ids: list[str], values: dict[str, torch.Tensor], message: str
+) -> None:
+    shard, _ = damaged(tmp_path, "value")
+    sound = {path: torch.zeros(2, *shape) for path, shape in SHAPES.items()}
+    written = write_shard(tmp_path, shard.name, ids, {**sound, **values})
+    (journal,) = tmp_path.glob("index-*.jsonl")
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    known = {"sha256": written.sha256, "bytes": written.bytes}
+    journal.write_text("".join(json.dumps(e | known if e["op"] == "shard" else e) + "\n" for e in lines))
+    with pytest.raises(CorruptFileError, match=f"{shard}.*{message}"):
+        EmbeddingStore.open(tmp_path).verify()
 
 
 @pytest.mark.parametrize(
