@@ -12,7 +12,6 @@ docs/concept-extraction.md holds the measured quality, and what was tried and dr
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from datamodules.continuations import ContinuationScorer
 from datamodules.english import Word, activity_sentences, neutral_fillers, neutral_instruction, words_of
 from datamodules.records import Concept, Kind, Record
 from datamodules.text_cache import TextCache, content_key
+from mllm.fingerprint import fingerprint
 
 EXAMPLES = (
     (
@@ -192,12 +192,3 @@ def _may_be_phrase(words: Sequence[Word], first: int, last: int) -> bool:
     if one in ASKING and second in ("me", "us", "with", ""):
         return False
     return not (one in AUXILIARIES and second in BEHIND_AUXILIARIES | {""})
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """A hash that changes with a model's weights: every parameter's name, shape and first values."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        values = weight.detach().flatten()[:16].float().cpu().numpy()
-        digest.update(f"{name}{tuple(weight.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()

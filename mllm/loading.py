@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from configs.schema import Model
 from mllm.anchor import Anchor
+from mllm.fingerprint import fingerprint
 from mllm.prompts import PromptEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,11 +33,12 @@ class MLLM:
     anchor: Anchor
     prompts: PromptEncoder
     spec: Model
+    weights: str  # mllm/fingerprint.py, before any adapter
 
     @property
     def key(self) -> str:
-        """Identifies the weights that an embedding belongs to."""
-        return f"{self.spec.path}@{self.spec.revision or 'local'}"
+        """Identifies the weights that an embedding belongs to; other weights under the same path have another key."""
+        return f"{self.spec.path}@{self.spec.revision or 'local'}/{self.weights[:16]}"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -92,7 +94,7 @@ def assemble(model: PreTrainedModel, processor: ProcessorMixin, spec: Model) -> 
     anchor = Anchor(model, spec.projector)
     question = spec.prompts.style.format(modality=spec.modality)
     anchor.record(**to_device(prompts.blank_inputs(question), model.device))
-    return MLLM(model, processor, anchor, prompts, spec)
+    return MLLM(model, processor, anchor, prompts, spec, fingerprint(model))
 
 
 def blank_medium(spec: Model) -> Any:

@@ -67,11 +67,13 @@ def run(cfg: Config, run: Run) -> None:
     plan = None if run.leader else await_plan(stage.folder, run.session)
     records = saved_concepts(cfg, stage, lambda: text_records(cfg), f"data.path={cfg.data.path}")
     with open_store(cfg, stage.folder, mllm) as store:
+        if cfg.store.path is not None:
+            check_settings(run, records, store)
         if plan is None:
             plan = make_plan(run.session, records, store, cfg.synthesis.verify)
             gather_slots(stage.folder, plan.missing)
             publish(stage.folder, plan)
-        parts = work(cfg, stage, mllm, records, store, plan) if plan.missing or plan.unverified else []
+        parts = work(cfg, run, stage, mllm, records, store, plan) if plan.missing or plan.unverified else []
         if run.leader:
             keep_figures(stage.folder, parts)
             forget_slots(stage.folder)
@@ -115,11 +117,11 @@ def open_store(cfg: Config, folder: Path, mllm: MLLM) -> EmbeddingStore:
 
 
 def work(
-    cfg: Config, stage: Stage, mllm: MLLM, records: Sequence[Record], store: EmbeddingStore, plan: Plan
+    cfg: Config, run: Run, stage: Stage, mllm: MLLM, records: Sequence[Record], store: EmbeddingStore, plan: Plan
 ) -> list[Part]:
     """Optimises and verifies this rank's share; the leader returns every rank's figures once all are done."""
     by_id = {r.id: r for r in records}
-    keep = StoreEmbeddings(store, cfg.model.path, cfg.model.revision, settings_hash(cfg), lambda n: progress.advance(n))
+    keep = StoreEmbeddings(store, cfg.model.path, cfg.model.revision, settings_hash(run), lambda n: progress.advance(n))
     resume = SlotCheckpoint(stage.folder, cfg.synthesis.checkpoint_every_steps)
     once = {"max_epochs": 1, "enable_checkpointing": False}
     fit = trainer(cfg, stage.folder, "synthesize", [resume, keep], SeparateRanks, **once)
@@ -222,6 +224,24 @@ def loss_curve(run_path: Path) -> tuple[list[int], list[float]] | None:
     return [r[0] for r in rows], [r[1] for r in rows]
 
 
-def settings_hash(cfg: Config) -> str:
-    parts = json.dumps([dataclasses.asdict(cfg.model), dataclasses.asdict(cfg.synthesis), cfg.seed], sort_keys=True)
-    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+def settings_hash(run: Run) -> str:
+    """Of what one embedding depends on, whatever stands beside it in the store."""
+    kept = {key: value for key, value in settings(run).items() if key.startswith(("seed", "model.", "synthesis."))}
+    for name in ("harmful", "harmless", "verify", "verify_max_new_tokens", "include_failed"):
+        kept.pop(f"synthesis.{name}", None)
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_settings(run: Run, records: Sequence[Record], store: EmbeddingStore) -> None:
+    """A store outside of the run may hold embeddings of these records that were made in another way.
+
+    Raises:
+        ValueError: it does; nothing is overwritten.
+    """
+    now = settings_hash(run)
+    other = [r.id for r in records if r.id in store and store.meta(r.id).settings_hash != now]
+    if other:
+        raise ValueError(
+            f"{store.path}: {len(other)} of {len(records)} embeddings were made with other settings (the first is "
+            f"{other[0]}); give another store.path, the settings they were made with, or leave out the stage synthesize"
+        )

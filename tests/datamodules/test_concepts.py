@@ -13,7 +13,7 @@ import pytest
 
 from datamodules.api_extraction import SCHEMA, APIExtractor, concept_from_answer
 from datamodules.chat_api import ChatAPI
-from datamodules.concept_extraction import EXAMPLES, LocalExtractor, candidate_spans, fingerprint
+from datamodules.concept_extraction import EXAMPLES, LocalExtractor, candidate_spans
 from datamodules.concepts import GivenConcepts, concept_from_columns, extract_concepts, find_phrase, make_concept
 from datamodules.english import activity_sentences, ing_forms, neutral_fillers, seen_by_others, words_of
 from datamodules.records import Concept, Kind, Record
@@ -201,11 +201,6 @@ def test_finished_concepts_are_not_computed_again(tmp_path: Path, tiny: tuple[An
     other = Counting(tiny_model("llama", seed=1), tmp_path)
     extract_concepts(records[:1], other)
     assert other.calls == 1, "another model's concepts are not taken over"
-
-
-def test_fingerprint_follows_the_weights() -> None:
-    model, again, other = (tiny_model("llama", seed=seed)[0] for seed in (0, 0, 1))
-    assert fingerprint(model) == fingerprint(again) != fingerprint(other)
 
 
 def test_examples_of_the_prompt_are_verbatim_candidates() -> None:

@@ -204,6 +204,26 @@ def test_an_embedding_store_of_another_model_is_refused(
     assert "someone/else" in capsys.readouterr().err
 
 
+def test_an_external_store_of_other_settings_or_weights_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = shutil.copytree(finished / "synthesize" / "store", tmp_path / "store")
+    again = ("stages=[synthesize]", f"store.path={store}")
+    assert start(tmp_path / "same", *again) == 0
+    assert start(tmp_path / "other", *again, "synthesis.margin=5") == 1
+    assert "6 of 6 embeddings were made with other settings" in capsys.readouterr().err
+    model = shutil.copytree("assets/micro_llava", tmp_path / "model")
+    header = json.loads((store / "store.json").read_text())
+    moved = header["model_key"].replace("assets/micro_llava@", f"{model}@")
+    (store / "store.json").write_text(json.dumps(header | {"model_key": moved}))
+    align = ("stages=[align]", "align.variants=[sea_dpo]", f"store.path={store}", f"model.path={model}")
+    assert start(tmp_path / "moved", *align) == 0
+    weights = load_file(model / "model.safetensors")
+    save_file({k: v * 1.05 for k, v in weights.items()}, model / "model.safetensors", metadata={"format": "pt"})
+    assert start(tmp_path / "swapped", *align) == 1
+    assert "model_key is" in capsys.readouterr().err
+
+
 def test_an_external_store_serves_another_run(finished: Path, tmp_path: Path) -> None:
     store = finished / "synthesize" / "store"
     folder = tmp_path / "r"
