@@ -78,7 +78,9 @@ def run(cfg: Config, run: Run) -> None:
             keep_figures(stage.folder, parts)
             forget_slots(stage.folder)
             store.verify()
-            stage.finish(summary(stage, records, store))
+            result = summary(stage, records, store)
+            log.info("%s", told(result["summary"]))
+            stage.finish(result)
     if not run.leader:
         stage.finish()
 
@@ -213,6 +215,14 @@ def summary(stage: Stage, records: Sequence[Record], store: EmbeddingStore) -> d
         "ranks": max((launch["ranks"] for launch in launches), default=1),
         "peak_memory_mb": max((launch["peak_memory_mb"] for launch in launches), default=round(peak_memory_mb())),
     }
+
+
+def told(result: dict[str, Any]) -> str:
+    """OSR and VSR in one line: what a user must know before going on."""
+    line = f"{result['n']} embeddings, OSR {result['osr']:.1%}"
+    if result["vsr_n"]:
+        line += f", VSR {result['vsr']:.1%} of {result['vsr_n']}"
+    return f"{line}, {result['steps_mean']:.0f} steps each"
 
 
 def loss_curve(run_path: Path) -> tuple[list[int], list[float]] | None:
