@@ -144,6 +144,7 @@ class Run:
 
         Raises:
             ValueError: the folder was made from something else (names the keys), or a stage in `after` is not done.
+                An attempt that failed before it wrote anything does not count.
         """
         folder = self.path / name
         if not self.leader:
@@ -156,6 +157,8 @@ class Run:
         if record is not None:
             changed = difference(record["made_from"], made_from)
             redone = [up for up, identity in before.items() if record["after"].get(up) != identity]
+            if record["status"] != "done" and not any(p.name != "stage.json" for p in folder.iterdir()):
+                changed, redone = {}, []  # an attempt that left nothing: there is nothing that could not fit
             if changed and not self.cfg.overwrite:
                 raise ValueError(_changed_message(self.path, name, changed))
             if changed or redone:

@@ -101,6 +101,20 @@ def test_unfinished_stage_is_resumed_with_its_files(tmp_path: Path) -> None:
         assert json.loads((stage.folder / "stage.json").read_text())["attempts"] == 2
 
 
+def test_an_attempt_that_left_nothing_accepts_other_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Run(config(tmp_path)) as run:
+        stage = run.stage("synthesize", run.settings("synthesis"))
+    with Run(config(tmp_path, synthesis__lr=0.2)) as run:
+        stage = run.stage("synthesize", run.settings("synthesis"))
+        (stage.folder / "half").touch()
+    assert "made anew" not in capsys.readouterr().err
+    with Run(config(tmp_path, synthesis__lr=0.3)) as run:
+        with pytest.raises(ValueError, match=r"synthesis\.lr: 0\.2 -> 0\.3"):
+            run.stage("synthesize", run.settings("synthesis"))
+
+
 def test_changed_configuration_is_refused_with_both_values(tmp_path: Path) -> None:
     with Run(config(tmp_path)) as run:
         synthesize(run)
