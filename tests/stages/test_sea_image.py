@@ -72,6 +72,16 @@ def test_the_same_command_again_computes_nothing(finished: Path) -> None:
     assert adapter.stat().st_mtime_ns == before
 
 
+def test_a_variant_trained_anew_costs_the_others_no_answer(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("wandb"))
+    files = {v: run / "evaluate" / "generations" / f"{v}.jsonl" for v in ("base", "text_sft", "sea_dpo")}
+    before = {v: path.stat().st_mtime_ns for v, path in files.items()}
+    judged = (run / "evaluate" / "judgements.jsonl").read_text()
+    assert start(run, "stages=[align,evaluate]", "variants.text_sft.lr=0.01", "overwrite=true") == 0
+    assert {v for v, path in files.items() if path.stat().st_mtime_ns != before[v]} == {"text_sft"}
+    assert (run / "evaluate" / "judgements.jsonl").read_text().startswith(judged)
+
+
 @pytest.mark.parametrize("change", ["synthesis.lr=0.123", "trainer.precision=bf16-mixed", "align.refusal=No."])
 def test_a_changed_setting_in_the_same_run_is_refused_by_name(
     finished: Path, change: str, capsys: pytest.CaptureFixture[str]
