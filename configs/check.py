@@ -44,10 +44,10 @@ def check(cfg: Config, paths: bool = True) -> None:
 
 def _check_api(key: str, api: Api) -> None:
     """A configuration is saved and logged, so no key may slip into it. The messages do not repeat what was given."""
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", api.key_env):
+    if api.key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", api.key_env):
         raise ValueError(f"{key}.key_env: expected the NAME of an environment variable, never the key itself")
     if "@" in urlsplit(api.base_url).netloc:
-        raise ValueError(f"{key}.base_url: holds a user or password; put the key into the variable {api.key_env}")
+        raise ValueError(f"{key}.base_url: holds a user or password; put the key into the variable of {key}.key_env")
 
 
 def _check_leaf(leaf: Leaf) -> None:

@@ -68,17 +68,19 @@ def with_concepts(
     elif kind == "api":
         from datamodules.api_extraction import APIExtractor
 
-        extractor = APIExtractor(chat_api(settings.api))
+        extractor = APIExtractor(chat_api(settings.api, "concepts.api"))
     return extract_concepts(records, extractor, lambda done, total: advance(1))
 
 
-def chat_api(settings: Api) -> ChatAPI:
-    """The endpoint of a configuration; the key is read from the environment when a request has to be sent."""
+def chat_api(settings: Api, group: str) -> ChatAPI:
+    """The endpoint of a configuration, whose keys begin with `group`. Its secret is read from the environment when a
+    request has to be sent."""
     return ChatAPI(
         base_url=settings.base_url,
         model=settings.model,
         cache_dir=Path(settings.cache_dir).expanduser(),
         api_key_env=settings.key_env or None,
+        env_setting=f"{group}.key_env",
         concurrency=settings.concurrency,
         max_retries=settings.retries,
         timeout=settings.timeout,

@@ -166,7 +166,7 @@ def test_parts_whose_input_is_the_same_are_kept(tmp_path: Path) -> None:
         assert evaluate(run, "sea_dpo") == ["sea_dpo", "sea_sft"]
         assert evaluate(run, *both) == ["sea_dpo"], "also when the variant was left out in between"
         assert align(run, "text_sft") == "new"
-        assert evaluate(run, *both, "text_sft") == list(sorted(both)), "a variant more costs the others nothing"
+        assert evaluate(run, *both, "text_sft") == sorted(both), "a variant more costs the others nothing"
     with Run(config(tmp_path, overwrite=True, variants__sea_sft__lr=0.5, evaluate__limit=1)) as run:
         assert evaluate(run, *both) == [], "another setting concerns them all"
 
