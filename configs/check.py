@@ -5,6 +5,7 @@ Every error names the key, what it got, what was expected and how to mend it.
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def check(cfg: Config, paths: bool = True) -> None:
     """
     for leaf in leaves(cfg):
         _check_leaf(leaf)
+    if cfg.run is not None:
+        check_run_name(cfg.run)
     if not cfg.stages:
         raise ValueError(f"stages: got an empty list, expected one or more of {', '.join(STAGES)}")
     cfg.stages = [stage for stage in STAGES if stage in cfg.stages]
@@ -40,6 +43,14 @@ def check(cfg: Config, paths: bool = True) -> None:
     _check_api("generator.api", cfg.generator.api)
     if paths:
         _check_paths(cfg)
+
+
+def check_run_name(name: str) -> None:
+    """Raises ValueError unless `name` is that of one folder: a run stays below its experiment."""
+    if not re.fullmatch(r"[\w@+=,-][\w.@+=,-]*", name):
+        raise ValueError(
+            f"run: got {name!r}, expected a folder name (letters, digits, . _ - +); for a path use run_dir"
+        )
 
 
 def _check_api(key: str, api: Api) -> None:
@@ -165,7 +176,17 @@ def _path_or_hub_id(key: str, path: str) -> str:
         return str(found)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) and locate(path.split("/")[0]) is None:
         return path
+    raise ValueError(f"{key}: {path} is neither a folder ({_looked()}) nor a hub id (owner/name){_beside(path)}")
+
+
+def _beside(path: str) -> str:
+    """What the parent folder holds; of a place outside of the project and of here no more than a name like this one."""
     folder = locate(str(Path(path).parent))
-    there = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder and folder.is_dir() else []
-    hint = f"; in {folder}: {nearest(Path(path).name, there)}" if 0 < len(there) < 30 else ""
-    raise ValueError(f"{key}: {path} is neither a folder ({_looked()}) nor a hub id (owner/name){hint}")
+    if folder is None or not folder.is_dir() or folder.resolve() == Path("/"):
+        return ""
+    there = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    ours = any(folder.resolve().is_relative_to(root) for root in (Path.cwd(), PROJECT))
+    if ours and 0 < len(there) < 30:
+        return f"; in {folder}: {nearest(Path(path).name, there)}"
+    near = difflib.get_close_matches(Path(path).name, there, n=1)
+    return f"; did you mean {folder / near[0]}?" if near else ""
