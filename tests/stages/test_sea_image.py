@@ -17,7 +17,7 @@ from configs.keys import leaves
 from datamodules.embedding_store import EmbeddingStore
 from scripts import show_sample
 from stages.replays import FILE, read_replays
-from tests.micro import config, micro
+from tests.micro import config, merged, micro
 
 SMALL = [
     "experiment=sea_image", "synthesis.harmful=3", "synthesis.harmless=3", "synthesis.slots=4",
@@ -30,7 +30,7 @@ SMALL = [
 
 
 def start(folder: Path, *overrides: str) -> int:
-    return train.main([*SMALL, f"run_dir={folder}", *overrides])
+    return train.main(merged(*SMALL, f"run_dir={folder}", *overrides))
 
 
 @pytest.fixture(scope="module")
