@@ -97,8 +97,10 @@ def _check_paths(cfg: Config) -> None:
         cfg.concepts.path = _chat_model("concepts.path", cfg.concepts.path)
     if cfg.judge.kind == "local":
         cfg.judge.path = _chat_model("judge.path", cfg.judge.path)
-    if cfg.data.format in ("saferlhf", "hh_rlhf", "jsonl"):
+    if cfg.data.format in ("saferlhf", "hh_rlhf", "jsonl", "csv"):
         cfg.data.path = _existing("data.path", cfg.data.path)
+        if cfg.data.harmless_path:
+            cfg.data.harmless_path = _existing("data.harmless_path", cfg.data.harmless_path)
     if cfg.data.format == "huggingface" and not cfg.data.path:
         raise ValueError("data.path is not set; set it to a data set of the hub: data.path=OWNER/NAME")
     if cfg.real.path or "encode" in cfg.stages:

@@ -404,7 +404,7 @@ class Judge:
 class Trainer:
     """Where it runs (handed to lightning.Trainer)."""
 
-    accelerator: str = doc("auto, cpu, gpu, ...", "auto", free=True)
+    accelerator: str = doc("kind of device", "auto", choices=("auto", "cpu", "gpu", "cuda", "mps", "tpu"), free=True)
     devices: int | str = doc("number of devices on a node, or auto", 1, free=True)
     num_nodes: int = doc("nodes", 1, low=1, free=True)
     strategy: str = doc("auto, ddp, ...", "auto", free=True)

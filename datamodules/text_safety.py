@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal, get_args
 
 from trl.data_utils import extract_prompt
@@ -50,6 +51,10 @@ class ReadReport:
     rows: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+
+
+class MissingColumnError(ValueError):
+    """A row without a column that its layout or the configuration asks for: seldom the row's own fault."""
 
 
 class LeftOut(Exception):
@@ -142,6 +147,30 @@ class TextSafetyData:
             )
         return sorted(chosen, key=self._order)
 
+    def glance(self, rows: int) -> None:
+        """Looks at the first rows of each source.
+
+        Raises:
+            ValueError: a source cannot be read or a row is bad; where bad rows are skipped, if all lack a column.
+        """
+        for harmless, path in ((False, self.path), (True, self.harmless_path)):
+            if path is None:
+                continue
+            where = () if harmless else (self.subset, self.split, self.revision)
+            looked = list(islice(read_rows(path, *where), rows))
+            lacking = 0
+            for row in looked:
+                try:
+                    if row.error is not None:
+                        raise ValueError(row.error)
+                    self._record(row, harmless)
+                except LeftOut:
+                    continue
+                except ValueError as error:
+                    lacking += isinstance(error, MissingColumnError)
+                    if self.bad_rows == "stop" or lacking == len(looked):
+                        raise self._stop(row, error) from None
+
     @cached_property
     def _all(self) -> list[Record]:
         self.report = ReadReport()
@@ -184,10 +213,12 @@ class TextSafetyData:
                 self.report.left_out[str(why)] += 1
             except ValueError as error:
                 if self.bad_rows == "stop":
-                    raise ValueError(
-                        f"{row.where}: {error} (data.bad_rows=skip counts such rows and goes on)"
-                    ) from None
+                    raise self._stop(row, error) from None
                 self.report.bad.append((row.where, str(error)))
+
+    def _stop(self, row: Row, error: ValueError) -> ValueError:
+        hint = " (data.bad_rows=skip counts such rows and goes on)" if self.bad_rows == "stop" else ""
+        return ValueError(f"{row.where}: {error}{hint}")
 
     def _record(self, row: Row, harmless: bool) -> Record:
         values, columns, key = row.values, self.columns, "data.columns"
@@ -249,7 +280,7 @@ def _rename(values: Mapping[str, Any], columns: Mapping[str, str], key: str | No
             missing[name] = column
     if missing:
         unmapped = " ".join(f"{key}.{name}=..." for name in missing if name not in columns)
-        raise ValueError(
+        raise MissingColumnError(
             _no_column(list(missing.values()), values, f"; map it with {unmapped}" if unmapped and key else "")
         )
     return found
@@ -266,7 +297,7 @@ def _from_saferlhf(values: Mapping[str, Any]) -> Mapping[str, Any]:
         return _rename(values, {"question": "prompt", "rejected": "rejected"})
     names = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "safer_response_id")
     if missing := [name for name in names if name not in values]:
-        raise ValueError(_no_column(missing, values))
+        raise MissingColumnError(_no_column(missing, values))
     safe = [flag(name, values[name]) for name in names[3:5]]
     if not any(safe):
         raise LeftOut("both answers are unsafe")

@@ -181,7 +181,8 @@ def test_align_before_synthesize_says_what_is_missing(tmp_path: Path, capsys: py
 def test_an_empty_data_set_is_an_error_that_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_text("")
-    assert start(tmp_path / "r", "data=jsonl", f"data.path={path}") == 1
+    assert start(tmp_path / "r", "data=jsonl", f"data.path={path}") == 2
+    assert not (tmp_path / "r").exists()
     assert "empty.jsonl" in capsys.readouterr().err
 
 
