@@ -57,12 +57,13 @@ def run_stages(composed: Composed, argv: list[str]) -> None:
 
     Raises ConfigError, before there is a directory, for what cannot work.
     """
-    from stages.preflight import preflight
     from stages.runs import Run
 
-    preflight(composed.config)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns at every fork of a loader
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from stages.preflight import preflight  # imports transformers, which reads these
+
+    preflight(composed.config)
     with Run(composed.config, composed.choices, argv) as run:
         for name in composed.config.stages:
             importlib.import_module(f"stages.{name}").run(composed.config, run)

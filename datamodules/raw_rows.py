@@ -142,8 +142,7 @@ def _require_data_files(folder: Path) -> None:
         ValueError: no data file is there, or too much to be the folder of one data set.
     """
     seen, found = 0, False
-    for _, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for _, folders, files in os.walk(folder):  # hidden folders too: `datasets` goes through them as well
         seen += len(folders) + len(files)
         found = found or any(name.endswith(DATA_FILES) for name in files)
         if seen > MOST_ENTRIES:
