@@ -28,7 +28,7 @@ $(STAMP): setup.cfg pyproject.toml
 	@touch $(STAMP)
 
 demo: $(STAMP) ## run the experiment on the embedded model, end to end (5 minutes on two quiet cores, 8 on busy ones)
-	$(BIN)/python train.py experiment=sea_$(MODALITY) seed=0 $(ARGS)
+	$(BIN)/python train.py experiment=sea_$(MODALITY) $(ARGS)
 
 test: $(STAMP) ## run the tests (ARGS="-k name" picks)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)

@@ -53,11 +53,17 @@ def main(argv: list[str]) -> int:
 
 
 def run_stages(composed: Composed, argv: list[str]) -> None:
-    """Every selected stage in order, in one locked run directory. A stage is `run(cfg, run)` of `stages/<name>.py`."""
+    """Every selected stage in order, in one locked run directory. A stage is `run(cfg, run)` of `stages/<name>.py`.
+
+    Raises ConfigError, before there is a directory, for what cannot work.
+    """
     from stages.runs import Run
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns at every fork of a loader
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from stages.preflight import preflight  # imports transformers, which reads these
+
+    preflight(composed.config)
     with Run(composed.config, composed.choices, argv) as run:
         for name in composed.config.stages:
             importlib.import_module(f"stages.{name}").run(composed.config, run)

@@ -5,6 +5,7 @@ Every error names the key, what it got, what was expected and how to mend it.
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def check(cfg: Config, paths: bool = True) -> None:
     """
     for leaf in leaves(cfg):
         _check_leaf(leaf)
+    if cfg.run is not None:
+        check_run_name(cfg.run)
     if not cfg.stages:
         raise ValueError(f"stages: got an empty list, expected one or more of {', '.join(STAGES)}")
     cfg.stages = [stage for stage in STAGES if stage in cfg.stages]
@@ -42,12 +45,20 @@ def check(cfg: Config, paths: bool = True) -> None:
         _check_paths(cfg)
 
 
+def check_run_name(name: str) -> None:
+    """Raises ValueError unless `name` is that of one folder: a run stays below its experiment."""
+    if not re.fullmatch(r"[\w@+=,-][\w.@+=,-]*", name):
+        raise ValueError(
+            f"run: got {name!r}, expected a folder name (letters, digits, . _ - +); for a path use run_dir"
+        )
+
+
 def _check_api(key: str, api: Api) -> None:
     """A configuration is saved and logged, so no key may slip into it. The messages do not repeat what was given."""
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", api.key_env):
+    if api.key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", api.key_env):
         raise ValueError(f"{key}.key_env: expected the NAME of an environment variable, never the key itself")
     if "@" in urlsplit(api.base_url).netloc:
-        raise ValueError(f"{key}.base_url: holds a user or password; put the key into the variable {api.key_env}")
+        raise ValueError(f"{key}.base_url: holds a user or password; put the key into the variable of {key}.key_env")
 
 
 def _check_leaf(leaf: Leaf) -> None:
@@ -86,8 +97,10 @@ def _check_paths(cfg: Config) -> None:
         cfg.concepts.path = _chat_model("concepts.path", cfg.concepts.path)
     if cfg.judge.kind == "local":
         cfg.judge.path = _chat_model("judge.path", cfg.judge.path)
-    if cfg.data.format in ("saferlhf", "hh_rlhf", "jsonl"):
+    if cfg.data.format in ("saferlhf", "hh_rlhf", "jsonl", "csv"):
         cfg.data.path = _existing("data.path", cfg.data.path)
+        if cfg.data.harmless_path:
+            cfg.data.harmless_path = _existing("data.harmless_path", cfg.data.harmless_path)
     if cfg.data.format == "huggingface" and not cfg.data.path:
         raise ValueError("data.path is not set; set it to a data set of the hub: data.path=OWNER/NAME")
     if cfg.real.path or "encode" in cfg.stages:
@@ -165,7 +178,17 @@ def _path_or_hub_id(key: str, path: str) -> str:
         return str(found)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) and locate(path.split("/")[0]) is None:
         return path
+    raise ValueError(f"{key}: {path} is neither a folder ({_looked()}) nor a hub id (owner/name){_beside(path)}")
+
+
+def _beside(path: str) -> str:
+    """What the parent folder holds; of a place outside of the project and of here no more than a name like this one."""
     folder = locate(str(Path(path).parent))
-    there = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder and folder.is_dir() else []
-    hint = f"; in {folder}: {nearest(Path(path).name, there)}" if 0 < len(there) < 30 else ""
-    raise ValueError(f"{key}: {path} is neither a folder ({_looked()}) nor a hub id (owner/name){hint}")
+    if folder is None or not folder.is_dir() or folder.resolve() == Path("/"):
+        return ""
+    there = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    ours = any(folder.resolve().is_relative_to(root) for root in (Path.cwd(), PROJECT))
+    if ours and 0 < len(there) < 30:
+        return f"; in {folder}: {nearest(Path(path).name, there)}"
+    near = difflib.get_close_matches(Path(path).name, there, n=1)
+    return f"; did you mean {folder / near[0]}?" if near else ""

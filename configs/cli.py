@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import itertools
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from configs.pages import USAGE
 
+OPTION_NAMES = ("--help", "--cfg", "--multirun", "--config-dir")
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
@@ -35,8 +37,19 @@ def parse(argv: list[str]) -> Request:
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("--config-dir", action="append", type=Path, default=[])
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_intermixed_args(argv)
+    given, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}{_near_option(unknown[0])}")
     return Request(given.overrides, given.config_dir, given.help, given.cfg, given.multirun)
+
+
+def _near_option(word: str) -> str:
+    """`; did you mean experiment=sea_image?` for a key with dashes, else the nearest option."""
+    bare = word.lstrip("-")
+    if "=" in bare:
+        return f"; did you mean {bare}?"
+    near = difflib.get_close_matches(word, OPTION_NAMES, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(OPTION_NAMES)}, or KEY=VALUE"
 
 
 def show(page: str) -> None:
@@ -52,8 +65,9 @@ def start_all(request: Request) -> int:
 
     Raises ConfigError.
     """
-    from configs.compose import compose
+    from configs.compose import check_words, compose
 
+    check_words(request.overrides, request.config_dirs)
     runs = combinations(request.overrides)
     for overrides in runs:
         compose(overrides, request.config_dirs)

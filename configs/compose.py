@@ -6,6 +6,7 @@ tree is therefore merged once more into the schema, and every error is retold as
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.check import check
 from configs.keys import find, nearest, suggest
+from configs.pages import groups
 from configs.schema import Config, default_variants
 
 CONFIGS = Path(__file__).resolve().parent
@@ -48,7 +50,9 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = (), check_pa
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"--config-dir: {folder} is no folder")
+    choices: dict[str, str] = {}
     try:
+        check_words(overrides, config_dirs)
         tree, choices = _compose(overrides, folders)
         _require_all(tree)
         cfg = OmegaConf.to_object(tree)
@@ -68,7 +72,8 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = (), check_pa
     except (HydraException, OmegaConfBaseException) as error:
         _retell(error, folders)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        key = match[1] if (match := re.match(r"([\w.]+): got ", str(error))) else ""
+        raise ConfigError(_written_in(key, overrides, choices, folders) + str(error)) from error
     return Composed(cfg, choices)
 
 
@@ -82,6 +87,31 @@ def _schema() -> DictConfig:
     schema: DictConfig = OmegaConf.structured(Config)
     OmegaConf.set_struct(schema.data.columns, False)  # a free mapping: `data.columns={question:prompt}` needs no `+`
     return schema
+
+
+def check_words(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
+    """What Hydra takes in another sense than people mean it, or refuses in its parser's words. Raises ConfigError."""
+    seen: dict[str, str] = {}
+    for word in overrides:
+        key = word.lstrip("+~").partition("=")[0]
+        if word.startswith("~"):
+            raise ConfigError(f"{word}: a key cannot be taken away; leave it out for its default, or set {key}=VALUE")
+        if "=" not in word:
+            _retell_bare_word(word, config_dirs)
+        if key in seen:
+            raise ConfigError(f"{key} is given twice, {seen[key]} and {word}: leave one of them out")
+        seen[key] = word
+
+
+def _retell_bare_word(word: str, config_dirs: Sequence[Path]) -> NoReturn:
+    if find(word) is not None:
+        raise ConfigError(f"{word}: cannot be read as KEY=VALUE; write {word}=VALUE")
+    known = groups([folder for folder in config_dirs if folder.is_dir()])
+    choices = {name: group for group, names in reversed(known.items()) if group != "experiment" for name in names}
+    choices |= dict.fromkeys(known["experiment"], "experiment")
+    near = difflib.get_close_matches(word, choices, n=1)
+    hint = f"; did you mean {choices[near[0]]}={near[0]}?" if near else suggest(word)
+    raise ConfigError(f"{word}: cannot be read as KEY=VALUE{hint}")
 
 
 def _compose(overrides: Sequence[str], folders: list[Path]) -> tuple[DictConfig, dict[str, str]]:
@@ -119,7 +149,8 @@ def _require_all(tree: DictConfig) -> None:
 def _retell_missing_file(error: MissingConfigException, folders: list[Path]) -> NoReturn:
     wanted = error.missing_cfg_file or ""
     group, _, name = wanted.rpartition("/")
-    options = nearest(name, sorted(error.options or []))
+    # A base among the `defaults` of a file comes without Hydra's own list of options.
+    options = nearest(name, sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")}))
     where = re.match(r"In '([^']+)'", str(error))
     source = f"{_file(where[1], folders)}: " if where and where[1] != "train" else ""
     raise ConfigError(f"{source}{group}={name}: no such {group}, {options}") from error
@@ -144,7 +175,7 @@ def _retell(error: Exception, folders: list[Path]) -> NoReturn:
     elif ambiguous:
         told = f"{ambiguous[1]}: several values need -m (one run for each), or brackets if they are one list"
     elif unknown:
-        told = f"unknown key {key}{suggest(key)}"
+        told = f"unknown key {key}{suggest(key) or '; `python train.py --help` lists them all'}"
     elif leaf is not None:
         got = re.search(r"[Vv]alue '([^']*)' of type '([^']*)'", text)
         value = f"got {got[1]!r} ({got[2]})" if got else _first_line(error).rstrip(".")
@@ -165,14 +196,47 @@ def _first_line(error: Exception) -> str:
 def _source(text: str, key: str, folders: list[Path]) -> str:
     """`file:line: ` if a file is to blame, `command line: ` if an override is."""
     if match := re.match(r"In '([^']+)'", text):
-        path = _file(match[1], folders)
-        name = key.rpartition(".")[2].split("[")[0]
-        if Path(path).is_file() and name:
-            for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-                if re.search(rf"(^|[\s{{,]){re.escape(name)}\s*:", line):
-                    return f"{path}:{number}: "
-        return f"{path}: "
+        path, key = _file(match[1], folders), key.split("[")[0]
+        line = _line(path, key) or _line(path, key.partition(".")[2])  # the file of a group leaves its name away
+        return f"{path}:{line}: " if line else f"{path}: "
     return "command line: " if "override" in text.splitlines()[0] else ""
+
+
+def _written_in(key: str, overrides: Sequence[str], choices: dict[str, str], folders: list[Path]) -> str:
+    """`file:line: ` of a value that composed well and is wrong; empty if it comes from the command line."""
+    given = [word.lstrip("+").partition("=")[0] for word in overrides]
+    if not key or any(key == word or key.startswith(word + ".") for word in given if word not in choices):
+        return ""
+    group, _, below = key.partition(".")
+    experiments = _bases(choices.get("experiment", ""), folders)
+    for name, inside in [*((e, key) for e in experiments), (f"{group}/{choices.get(group)}", below)]:
+        path = _file(name, folders)
+        if line := _line(path, inside):
+            return f"{path}:{line}: "
+    return ""
+
+
+def _bases(experiment: str, folders: list[Path]) -> list[str]:
+    """`experiment/NAME` and what it inherits from, the file that has the last word first."""
+    path = Path(_file(f"experiment/{experiment}", folders))
+    if not path.is_file():
+        return []
+    defaults = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", [])
+    bases = [base for base in reversed(defaults) if isinstance(base, str) and base != "_self_"]
+    return [f"experiment/{experiment}", *(name for base in bases for name in _bases(base, folders))]
+
+
+def _line(path: str, key: str) -> int | None:
+    """Where a YAML file sets a dotted key."""
+    if not key or not Path(path).is_file():
+        return None
+    node, line = yaml.compose(Path(path).read_text(encoding="utf-8")), None
+    for part in key.split("."):
+        found = [pair for pair in node.value if pair[0].value == part] if isinstance(node, yaml.MappingNode) else []
+        if not found:
+            return None
+        line, node = found[-1][0].start_mark.line + 1, found[-1][1]
+    return line
 
 
 def _file(name: str, folders: list[Path]) -> str:

@@ -127,7 +127,7 @@ class Api:
 
     base_url: str = doc("address up to /v1", "https://api.openai.com/v1")
     model: str = doc("name of the model there", "gpt-4o-mini")
-    key_env: str = doc("environment variable that holds the key", "OPENAI_API_KEY")
+    key_env: str = doc("environment variable that holds the key; empty: the server wants none", "OPENAI_API_KEY")
     concurrency: int = doc("requests in flight at once", 8, low=1, free=True)
     retries: int = doc("attempts after the first, with backoff", 5, low=0, free=True)
     timeout: float = doc("seconds for one attempt", 60.0, low=0.01, free=True)
@@ -404,7 +404,7 @@ class Judge:
 class Trainer:
     """Where it runs (handed to lightning.Trainer)."""
 
-    accelerator: str = doc("auto, cpu, gpu, ...", "auto", free=True)
+    accelerator: str = doc("kind of device", "auto", choices=("auto", "cpu", "gpu", "cuda", "mps", "tpu"), free=True)
     devices: int | str = doc("number of devices on a node, or auto", 1, free=True)
     num_nodes: int = doc("nodes", 1, low=1, free=True)
     strategy: str = doc("auto, ddp, ...", "auto", free=True)

@@ -76,6 +76,7 @@ class ChatAPI:
         backoff: seconds before the first retry; doubles each time, with jitter in [0.5, 1]; `Retry-After` overrides.
         max_wait: longest pause (s) between two attempts; a server that asks for more makes the request fail.
         temperature, max_tokens: sent unless None.
+        env_setting: what the caller's users call `api_key_env`, for the message that the key is not there.
         params: further request parameters, sent as they are (`{"seed": 0}`, `{"max_completion_tokens": 300}`).
 
     Raises:
@@ -94,6 +95,7 @@ class ChatAPI:
     max_wait: float = 120.0
     temperature: float | None = 0.0
     max_tokens: int | None = 512
+    env_setting: str = "api_key_env"
     params: Mapping[str, Any] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage, init=False)
 
@@ -271,8 +273,8 @@ class ChatAPI:
             return None
         if not (key := os.environ.get(self.api_key_env, "").strip()):
             raise ValueError(
-                f"the environment variable {self.api_key_env} is not set: export it, or set api_key_env to the name of "
-                "the variable that holds the key (null for a server without one)"
+                f"the environment variable {self.api_key_env} is not set: export it, or set {self.env_setting} to the "
+                "name of the variable that holds the key (to nothing for a server without one)"
             )
         return key
 

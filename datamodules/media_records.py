@@ -89,7 +89,7 @@ def _media_record(values: Mapping[str, Any], where: str, root: Path) -> MediaRec
         if key not in known:
             raise ValueError(f"key {key!r} is unknown, expected {', '.join(known)}.{suggest(key, known)}")
     if missing := [key for key in REQUIRED if key not in values]:
-        raise ValueError(f"key {missing[0]!r} is missing")
+        raise ValueError(f"key {', '.join(map(repr, missing))} {'is' if len(missing) == 1 else 'are'} missing")
     media = values["media"]
     if not isinstance(media, str) or not media.strip():
         raise ValueError(f"key 'media': got {media!r:.60}, expected a path relative to {root}")

@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,10 @@ from typing import IO, Any
 from datamodules.records import suggest
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz")
+DATA_FILES = (*SUFFIXES, ".json", ".json.gz", ".jsonl.zst", ".parquet", ".arrow", ".tsv", ".tar", ".zip")
+"""What a folder must hold something of, to be that of a data set."""
+MOST_ENTRIES = 10_000
+"""Files and folders in a data set's folder; with more it is something else, a home or a checkout."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 def _dataset_rows(path: str, subset: str | None, split: str, revision: str | None) -> Iterator[Row]:
     import datasets  # half a second and many files: only where a data set is read
 
+    if Path(path).is_dir():
+        _require_data_files(Path(path))
     try:
         if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(path)
@@ -126,6 +133,28 @@ def _dataset_rows(path: str, subset: str | None, split: str, revision: str | Non
         raise ValueError(f"{path}: not readable as a data set ({type(error).__name__}: {_brief(error)})") from None
     for number, values in enumerate(data):
         yield Row(f"{path}[{split}]:{number}", values)
+
+
+def _require_data_files(folder: Path) -> None:
+    """Before `datasets` looks: it walks the whole tree again for every naming scheme, which takes minutes in a home.
+
+    Raises:
+        ValueError: no data file is there, or too much to be the folder of one data set.
+    """
+    seen, found = 0, False
+    for _, folders, files in os.walk(folder):  # hidden folders too: `datasets` goes through them as well
+        seen += len(folders) + len(files)
+        found = found or any(name.endswith(DATA_FILES) for name in files)
+        if seen > MOST_ENTRIES:
+            raise ValueError(
+                f"{folder}: holds more than {MOST_ENTRIES} files; name one file, or a data set's own folder"
+            )
+    if not found:
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise ValueError(
+            f"{folder}: not readable as a data set (no data in this folder, it holds {there}); name a file "
+            f"({', '.join(SUFFIXES)}) or another folder"
+        )
 
 
 def _brief(error: Exception) -> str:

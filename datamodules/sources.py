@@ -29,9 +29,20 @@ def safety_records(data: Data, seed: int, harmful: int | None = None, harmless: 
         if data.limit is not None:
             counts = [min(counts[0], (data.limit + 1) // 2), min(counts[1], data.limit // 2)]
         return micro_world.records("train", counts[0], counts[1], seed)
+    records = text_safety_data(data, seed).records("train")
+    chosen = [r for r in records if r.harmful][:harmful] + [r for r in records if not r.harmful][:harmless]
+    if not chosen:
+        raise ValueError(
+            f"data.path={data.path}: no records left (data.limit, synthesis.harmful and synthesis.harmless bound them)"
+        )
+    return chosen
+
+
+def text_safety_data(data: Data, seed: int) -> TextSafetyData:
+    """The reader of the data set that a configuration names. Raises ValueError if it names none."""
     if data.path is None:
         raise ValueError(f"data.path: not set; data.format={data.format} reads a file, a folder or a hub id")
-    source = TextSafetyData(
+    return TextSafetyData(
         data.format,  # type: ignore[arg-type]
         data.path,
         columns=data.columns,
@@ -46,13 +57,6 @@ def safety_records(data: Data, seed: int, harmful: int | None = None, harmless: 
         seed=seed,
         bad_rows=data.bad_rows,  # type: ignore[arg-type]
     )
-    records = source.records("train")
-    chosen = [r for r in records if r.harmful][:harmful] + [r for r in records if not r.harmful][:harmless]
-    if not chosen:
-        raise ValueError(
-            f"data.path={data.path}: no records left (data.limit, synthesis.harmful and synthesis.harmless bound them)"
-        )
-    return chosen
 
 
 def with_concepts(
@@ -68,17 +72,19 @@ def with_concepts(
     elif kind == "api":
         from datamodules.api_extraction import APIExtractor
 
-        extractor = APIExtractor(chat_api(settings.api))
+        extractor = APIExtractor(chat_api(settings.api, "concepts.api"))
     return extract_concepts(records, extractor, lambda done, total: advance(1))
 
 
-def chat_api(settings: Api) -> ChatAPI:
-    """The endpoint of a configuration; the key is read from the environment when a request has to be sent."""
+def chat_api(settings: Api, group: str) -> ChatAPI:
+    """The endpoint of a configuration, whose keys begin with `group`. Its secret is read from the environment when a
+    request has to be sent."""
     return ChatAPI(
         base_url=settings.base_url,
         model=settings.model,
         cache_dir=Path(settings.cache_dir).expanduser(),
         api_key_env=settings.key_env or None,
+        env_setting=f"{group}.key_env",
         concurrency=settings.concurrency,
         max_retries=settings.retries,
         timeout=settings.timeout,

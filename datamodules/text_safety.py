@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal, get_args
 
 from trl.data_utils import extract_prompt
@@ -50,6 +51,10 @@ class ReadReport:
     rows: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+
+
+class MissingColumnError(ValueError):
+    """A row without a column that its layout or the configuration asks for: seldom the row's own fault."""
 
 
 class LeftOut(Exception):
@@ -98,8 +103,8 @@ class TextSafetyData:
         repeated_prompts: Literal["one", "all"] = "one",
         multi_turn: Literal["skip", "transcript"] = "skip",
     ):
-        one_of("format", format, get_args(Format))
-        one_of("bad_rows", bad_rows, ("stop", "skip"))
+        one_of("data.format", format, get_args(Format))
+        one_of("data.bad_rows", bad_rows, ("stop", "skip"))
         one_of("repeated_prompts", repeated_prompts, ("one", "all"))
         one_of("multi_turn", multi_turn, ("skip", "transcript"))
         if not (holdout >= 0 and validation >= 0 and holdout + validation < 1):
@@ -108,14 +113,14 @@ class TextSafetyData:
             )
         for name, value in (("limit", limit), ("harmless_limit", harmless_limit)):
             if value is not None and value < 0:
-                raise ValueError(f"{name}={value}: expected 0 or more, or null for all")
+                raise ValueError(f"data.{name}={value}: expected 0 or more, or null for all")
         if columns and format in ("saferlhf", "hh_rlhf"):
             raise ValueError(
-                f"columns: format={format} has columns of its own; use jsonl, csv or huggingface to map them"
+                f"data.columns: format={format} has columns of its own; use jsonl, csv or huggingface to map them"
             )
         for mapping in (columns or {}, harmless_columns or {}):
             for name in mapping:
-                one_of("columns: field", name, REQUIRED + OPTIONAL)
+                one_of("data.columns: field", name, REQUIRED + OPTIONAL)
         self.format, self.path, self.columns = format, str(path), dict(columns or {})
         self.harmless_path, self.harmless_columns = harmless_path, dict(harmless_columns or {})
         self.subset, self.split, self.revision = subset, split, revision
@@ -137,10 +142,34 @@ class TextSafetyData:
             chosen += part[:limit]
         if not chosen:
             raise ValueError(
-                f"{self.path}: no record in split {split!r} (of {len(self._all)}); change holdout={self.holdout}, "
-                f"validation={self.validation} or the limits"
+                f"{self.path}: no record in split {split!r} (of {len(self._all)}); change data.holdout={self.holdout} "
+                "or the limits"
             )
         return sorted(chosen, key=self._order)
+
+    def glance(self, rows: int) -> None:
+        """Looks at the first rows of each source.
+
+        Raises:
+            ValueError: a source cannot be read or a row is bad; where bad rows are skipped, if all lack a column.
+        """
+        for harmless, path in ((False, self.path), (True, self.harmless_path)):
+            if path is None:
+                continue
+            where = () if harmless else (self.subset, self.split, self.revision)
+            looked = list(islice(read_rows(path, *where), rows))
+            lacking = 0
+            for row in looked:
+                try:
+                    if row.error is not None:
+                        raise ValueError(row.error)
+                    self._record(row, harmless)
+                except LeftOut:
+                    continue
+                except ValueError as error:
+                    lacking += isinstance(error, MissingColumnError)
+                    if self.bad_rows == "stop" or lacking == len(looked):
+                        raise self._stop(row, error) from None
 
     @cached_property
     def _all(self) -> list[Record]:
@@ -184,18 +213,22 @@ class TextSafetyData:
                 self.report.left_out[str(why)] += 1
             except ValueError as error:
                 if self.bad_rows == "stop":
-                    raise ValueError(f"{row.where}: {error} (bad_rows=skip counts such rows and goes on)") from None
+                    raise self._stop(row, error) from None
                 self.report.bad.append((row.where, str(error)))
 
+    def _stop(self, row: Row, error: ValueError) -> ValueError:
+        hint = " (data.bad_rows=skip counts such rows and goes on)" if self.bad_rows == "stop" else ""
+        return ValueError(f"{row.where}: {error}{hint}")
+
     def _record(self, row: Row, harmless: bool) -> Record:
-        values, columns = row.values, self.columns
+        values, columns, key = row.values, self.columns, "data.columns"
         if harmless and self.harmless_columns:
-            columns = self.harmless_columns
+            columns, key = self.harmless_columns, "data.harmless_columns"
         elif self.format == "saferlhf":
             values = _from_saferlhf(values)
         elif self.format == "hh_rlhf":
             values = from_dialogues(values, self.multi_turn)
-        values = _rename(values, columns)
+        values = _rename(values, columns, key)
         question, chosen, rejected = values["question"], values["chosen"], values.get("rejected") or None
         for name, text in (("question", question), ("chosen", chosen), ("rejected", rejected)):
             if not isinstance(text, str) and not (text is None and name == "rejected"):
@@ -231,18 +264,32 @@ def split_of(question: str, seed: int, holdout: float, validation: float = 0.0) 
     return "test" if place < holdout else "val" if place < holdout + validation else "train"
 
 
-def _rename(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row under our names; a column that is asked for (or required) and absent is an error that suggests one."""
+def _rename(values: Mapping[str, Any], columns: Mapping[str, str], key: str | None = None) -> dict[str, Any]:
+    """The row under our names; columns that are asked for (or required) and absent are one error that suggests some.
+
+    Args:
+        key: of the configuration, by which a user maps columns; None where the format has columns of its own.
+    """
     found: dict[str, Any] = {}
+    missing: dict[str, str] = {}
     for name in REQUIRED + OPTIONAL:
         column = columns.get(name, name)
         if column in values:
             found[name] = values[column]
         elif name in REQUIRED or name in columns:
-            have = ", ".join(map(str, values)) or "none"
-            hint = "" if name in columns else f"; map it with columns.{name}=..."
-            raise ValueError(f"no column {column!r}, the row has {have}{hint}.{suggest(column, map(str, values))}")
+            missing[name] = column
+    if missing:
+        unmapped = " ".join(f"{key}.{name}=..." for name in missing if name not in columns)
+        raise MissingColumnError(
+            _no_column(list(missing.values()), values, f"; map it with {unmapped}" if unmapped and key else "")
+        )
     return found
+
+
+def _no_column(missing: list[str], values: Mapping[str, Any], hint: str = "") -> str:
+    have = ", ".join(map(str, values)) or "none"
+    near = "".join(dict.fromkeys(suggest(column, map(str, values)) for column in missing))
+    return f"no column {', '.join(map(repr, missing))}, the row has {have}{hint}.{near}"
 
 
 def _from_saferlhf(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -250,7 +297,7 @@ def _from_saferlhf(values: Mapping[str, Any]) -> Mapping[str, Any]:
         return _rename(values, {"question": "prompt", "rejected": "rejected"})
     names = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "safer_response_id")
     if missing := [name for name in names if name not in values]:
-        raise ValueError(f"no column {missing[0]!r}, the row has {', '.join(values)}.{suggest(missing[0], values)}")
+        raise MissingColumnError(_no_column(missing, values))
     safe = [flag(name, values[name]) for name in names[3:5]]
     if not any(safe):
         raise LeftOut("both answers are unsafe")
@@ -278,7 +325,7 @@ def from_dialogues(values: Mapping[str, Any], multi_turn: str) -> Mapping[str, A
     if not prompt or prompt[-1]["role"] != "user" or len(parts["chosen"]) != 1 or len(parts["rejected"]) != 1:
         raise ValueError("expected two dialogues that differ in the assistant's last turn only")
     if len(prompt) > 1 and multi_turn == "skip":
-        raise LeftOut("the dialogue has more than one turn (multi_turn=transcript takes it)")
+        raise LeftOut("the dialogue has more than one turn")
     names = {"user": "Human", "assistant": "Assistant"}
     transcript = "\n\n".join(f"{names[turn['role']]}: {turn['content']}" for turn in prompt)
     return {

@@ -48,7 +48,8 @@ def run(cfg: Config, run: Run) -> None:
     source = None if cfg.protector.source is None else Path(cfg.protector.source)
     if source is not None:  # the adapters of another run
         made_from, after = made_from | source_run.adapters(run, source, variants), []
-    stage = run.stage("evaluate/generations", made_from, after=after)
+    # A variant that is trained again loses its own answers, not those of the others.
+    stage = run.stage("evaluate/generations", made_from, after, {f"align/{v}": f"{v}.jsonl" for v in variants})
     prompts = benchmark_prompts(cfg)
     logs = {v: GenerationLog(stage.folder / f"{v}.jsonl", v) for v in variants}
     if not stage.done:

@@ -27,7 +27,7 @@ def run(cfg: Config, run: Run) -> None:
     if stage.done or not run.leader:
         return
     g = cfg.generator
-    api = chat_api(g.api)
+    api = chat_api(g.api, "generator.api")
     generator = PairGenerator(api, g.questions_per_request, g.similarity)
     costs = stage.folder / "costs.json"
     before = json.loads(costs.read_text()) if costs.exists() else []  # of earlier attempts

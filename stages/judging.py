@@ -27,5 +27,5 @@ def make_judge(cfg: Config) -> Judge:
             batch_size=settings.batch_size,
         )
     if settings.kind == "api":
-        return APIJudge(chat_api(settings.api), with_question=settings.with_question)
+        return APIJudge(chat_api(settings.api, "judge.api"), with_question=settings.with_question)
     return RefusalJudge()

@@ -1,6 +1,7 @@
 """How a run ends: one clear message and an exit code, whatever happened inside.
 
-0 done; 1 an error (the message; the traceback is in run.log, SEAWALL_TRACEBACK=1 shows it); 130 Ctrl-C; 143 terminated.
+0 done; 1 an error (the message; the traceback is in run.log, SEAWALL_TRACEBACK=1 shows it); 2 a mistaken command;
+130 Ctrl-C; 143 terminated.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from types import FrameType
 
+from configs.compose import ConfigError
 from datamodules.durable import DiskFullError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -31,7 +33,7 @@ def exit_code_of(action: Callable[[], None]) -> int:
         if os.environ.get("SEAWALL_TRACEBACK", "") not in ("", "0"):
             traceback.print_exc()
         print(f"error: {message(error)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     return 0

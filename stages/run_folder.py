@@ -6,10 +6,10 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import time
 from pathlib import Path
 
+from configs.check import check_run_name
 from configs.schema import Config
 from datamodules.durable import sync_folder
 from stages import ranks
@@ -28,10 +28,7 @@ def choose(cfg: Config, leader: bool) -> Path:
     base = Path("runs").resolve() / cfg.experiment
     name = cfg.run if cfg.run is not None else ranks.slurm_job()
     if name is not None:
-        if not re.fullmatch(r"[\w@+=,-][\w.@+=,-]*", name):
-            raise ValueError(
-                f"run: got {name!r}, expected a folder name (letters, digits, . _ - +); for a path use run_dir"
-            )
+        check_run_name(name)
         return base / name
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ValueError("torchrun starts several processes that must agree on a place: set run=NAME or run_dir=PATH")

@@ -134,16 +134,25 @@ class Run:
             found.update(below)
         return found
 
-    def stage(self, name: str, made_from: Mapping[str, Any], after: Sequence[str] = ()) -> Stage:
+    def stage(
+        self,
+        name: str,
+        made_from: Mapping[str, Any],
+        after: Sequence[str] = (),
+        parts: Mapping[str, str] | None = None,
+    ) -> Stage:
         """Open a stage; the folder exists when this returns.
 
         Args:
             name: folder below the run directory, `synthesize` or nested `align/sea_sft`.
             made_from: JSON values that decide the result, by dotted key; usually `run.settings(...)`.
             after: stages whose output this one reads. If one of them was redone, this one is redone too.
+            parts: stage of `after` -> the one file in the folder that was made from it. Where only such stages were
+                redone, only their files go, and the stage is resumed.
 
         Raises:
             ValueError: the folder was made from something else (names the keys), or a stage in `after` is not done.
+                An attempt that failed before it wrote anything does not count.
         """
         folder = self.path / name
         if not self.leader:
@@ -156,9 +165,16 @@ class Run:
         if record is not None:
             changed = difference(record["made_from"], made_from)
             redone = [up for up, identity in before.items() if record["after"].get(up) != identity]
+            if record["status"] != "done" and not any(p.name != "stage.json" for p in folder.iterdir()):
+                changed, redone = {}, []  # an attempt that left nothing: there is nothing that could not fit
             if changed and not self.cfg.overwrite:
                 raise ValueError(_changed_message(self.path, name, changed))
-            if changed or redone:
+            if redone and not changed and set(redone) <= set(parts or {}):
+                log.info("%s goes on, what was made from %s anew", name, ", ".join(redone))
+                for up in redone:  # gone before the new `after` is written: a kill in between does this once more
+                    (folder / (parts or {})[up]).unlink(missing_ok=True)
+                state = "resume"
+            elif changed or redone:
                 log.info("%s is made anew: %s changed", name, ", ".join([*changed, *redone]))
                 self._discard(folder)
             else:

@@ -51,7 +51,18 @@ def test_unknown_option_exits_with_2_and_shows_the_usage() -> None:
     done = train("experiment=sea_image", "--hepl")
     assert done.returncode == 2
     assert "usage: python train.py" in done.stderr
-    assert "--hepl" in done.stderr
+    assert "unknown option --hepl; did you mean --help?" in done.stderr
+    done = train("--experiment=sea_image")
+    assert done.returncode == 2
+    assert "did you mean experiment=sea_image?" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["run=a/b"], ["run=../../x", "--cfg"], ["-m", "sea_image"], ["seed=1", "seed=2"]])
+def test_mistaken_words_exit_with_2_and_leave_nothing(words: list[str], tmp_path: Path) -> None:
+    done = train("experiment=sea_image", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_cfg_prints_the_composed_configuration() -> None:

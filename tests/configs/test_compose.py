@@ -79,7 +79,17 @@ def test_saved_configuration_is_complete_and_loads_back() -> None:
         ("synthesis.lr=-1", r"synthesis\.lr: got -1\.0, expected at least 0"),
         ("model.blank_value=0", r"model\.blank_value: got 0, expected at least 1 .*drop black"),
         ("seed=1,2", r"seed=1,2: several values need -m"),
-        ("seed", r"seed: cannot be read as KEY=VALUE"),
+        ("seed", r"seed: cannot be read as KEY=VALUE; write seed=VALUE"),
+        ("sea_imge", r"sea_imge: cannot be read as KEY=VALUE; did you mean experiment=sea_image\?"),
+        ("smol_llva", r"did you mean model=smol_llava\?"),
+        ("+foo=1", r"unknown key foo; `python train\.py --help` lists them all"),
+        ("~seed", r"~seed: a key cannot be taken away; leave it out for its default, or set seed=VALUE"),
+        (
+            "experiment=protector",
+            r"experiment is given twice, experiment=sea_image and experiment=protector: leave",
+        ),
+        ("run=a/b", r"run: got 'a/b', expected a folder name"),
+        ("run=../../x", r"run: got '\.\./\.\./x', expected a folder name"),
         ("run_dir=a=b", r"run_dir=a=b: cannot be read .*quote"),
         ("~synthesis.lr", r"synthesis\.lr"),
     ],
@@ -131,6 +141,25 @@ def test_missing_package_line_and_broken_yaml_are_explained(extra: Path) -> None
     assert re.search(r"not valid YAML: .*broken\.yaml", refusal(folders=(extra,), experiment="broken"))
 
 
+def test_unknown_base_lists_the_experiments_that_there_are(extra: Path) -> None:
+    write(extra, "child", "defaults: [sea_imag, _self_]\n")
+    message = refusal(folders=(extra,), experiment="child")
+    assert f"{extra}/experiment/child.yaml: experiment=sea_imag: no such experiment, expected one of child, " in message
+    assert message.endswith("did you mean sea_image?")
+
+
+def test_wrong_value_inside_a_file_names_the_file_that_set_it(extra: Path) -> None:
+    write(extra, "parent", "variants:\n  sea_dpo: {method: dpo}\n  sea_sft: {method: dpoo}\n")
+    write(extra, "child", "defaults: [parent, _self_]\nseed: 4\n")
+    message = refusal(folders=(extra,), experiment="child")
+    assert message.startswith(f"{extra}/experiment/parent.yaml:4: variants.sea_sft.method: got 'dpoo'")
+    message = refusal("variants.sea_sft.method=dpooo", folders=(extra,), experiment="child")
+    assert message.startswith("variants.sea_sft.method: got 'dpooo'"), "the command line has the last word"
+    (extra / "judge").mkdir()
+    (extra / "judge" / "mine.yaml").write_text("# Mine.\nkind: apii\n")
+    assert f"{extra}/judge/mine.yaml:2: judge.kind: got 'apii'" in refusal("judge=mine", folders=(extra,))
+
+
 def test_experiment_inherits_from_a_sibling_and_overrides_its_groups(extra: Path) -> None:
     write(extra, "parent", "defaults:\n  - override /judge: local\nseed: 3\nsynthesis: {slots: 8}\n")
     write(extra, "child", "defaults:\n  - parent\n  - override /judge: api\n  - _self_\nseed: 4\n")
@@ -149,6 +178,16 @@ def test_model_path_is_a_folder_or_a_hub_id(tmp_path: Path) -> None:
     assert "neither a folder" in refusal(f"model.path={tmp_path}/typo", paths=True)
     compose(["experiment=sea_image", "model.path=some-owner/some-name"])
     compose(["experiment=sea_image", f"model.path={tmp_path}"])
+
+
+def test_a_missing_folder_is_no_reason_to_list_what_lies_in_a_strange_place(tmp_path: Path) -> None:
+    assert refusal("model.path=/nope", paths=True).endswith("nor a hub id (owner/name)")
+    for name in ("micro", "secret"):
+        (tmp_path / name).mkdir()
+    message = refusal(f"model.path={tmp_path}/mcro", paths=True)
+    assert message.endswith(f"; did you mean {tmp_path}/micro?")
+    assert "secret" not in message
+    assert "expected one of micro_llava; did you mean micro_llava?" in refusal("model.path=assets/llava", paths=True)
 
 
 def test_local_models_may_be_the_one_that_make_smol_fetches(tmp_path: Path) -> None:

@@ -74,12 +74,12 @@ def test_a_bad_row_is_kept_apart_with_its_line_and_reason(folder: Path, change: 
 
 
 def test_broken_lines_missing_keys_and_repeated_ids_are_bad_rows(folder: Path) -> None:
-    lacking = {k: v for k, v in ROW.items() if k != "chosen"}
+    lacking = {k: v for k, v in ROW.items() if k not in ("chosen", "harmful")}
     found, bad = read(folder, ROW, '{"id": ', lacking, ROW)
     assert len(found) == 1
     assert [b.where.rpartition(":")[2] for b in bad] == ["2", "3", "4"]
     assert "not a line of JSON" in bad[0].reason
-    assert "key 'chosen' is missing" in bad[1].reason
+    assert "key 'chosen', 'harmful' are missing" in bad[1].reason
     assert "occurs a second time" in bad[2].reason
 
 

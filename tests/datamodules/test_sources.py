@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import Concepts, Data
-from datamodules.sources import safety_records, with_concepts
+from configs.schema import Api, Concepts, Data
+from datamodules.chat_api import Request
+from datamodules.sources import chat_api, safety_records, with_concepts
 
 MICRO = Data(name="micro", format="micro")
 
@@ -46,6 +47,15 @@ def test_given_concepts_pass_and_missing_ones_are_kept_apart() -> None:
     assert [r.id for r in found.records] == [r.id for r in records[1:]]
     assert [f.id for f in found.failures] == [records[0].id]
     assert sum(seen) == len(records)
+
+
+def test_a_key_that_is_not_set_is_told_by_the_name_of_its_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    api = chat_api(Api(key_env="NO_SUCH_KEY", cache_dir=str(tmp_path)), "judge.api")
+    with pytest.raises(ValueError, match=r"NO_SUCH_KEY is not set: export it, or set judge\.api\.key_env to"):
+        api.complete_many([Request.user("q")])
 
 
 def test_auto_takes_what_is_given() -> None:

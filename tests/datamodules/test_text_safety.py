@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import pytest
 
+from datamodules import raw_rows
 from datamodules.records import Concept, Record
 from datamodules.text_safety import TextSafetyData
 
@@ -306,6 +307,37 @@ def test_unknown_split_of_a_saved_data_set_suggests(tmp_path: Path) -> None:
     path, _ = mapped_file(tmp_path, "saved data set")
     with pytest.raises(ValueError, match=r"no split 'heldout', it has train, held_out. Did you mean 'held_out'"):
         TextSafetyData("huggingface", path, columns=COLUMNS, split="heldout").records()
+
+
+def test_all_missing_columns_are_told_at_once_with_the_keys_that_map_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", [{"prompt": "q", "answer": "a", "harmful": True}])
+    with pytest.raises(ValueError) as caught:
+        TextSafetyData("jsonl", path).records()
+    told = str(caught.value)
+    assert "no column 'question', 'chosen', the row has prompt, answer, harmful" in told
+    assert "map it with data.columns.question=... data.columns.chosen=..." in told
+    assert "(data.bad_rows=skip " in told
+    with pytest.raises(ValueError, match="no column 'prompt', 'rejected'") as caught:
+        TextSafetyData("saferlhf", write(tmp_path / "s.jsonl", [{"chosen": "a"}])).records()
+    assert "data.columns" not in str(caught.value), "this format has columns of its own"
+    settings = {"harmless_path": path, "harmless_columns": {"question": "prompt"}}
+    good = write(tmp_path / "g.jsonl", [{"question": "q", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(ValueError, match=r"no column 'chosen', .*map it with data\.harmless_columns\.chosen=\.\.\."):
+        TextSafetyData("jsonl", good, **settings).records()
+
+
+def test_folder_without_data_is_refused_before_its_tree_is_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"\(no data in this folder, it holds notes\.txt\); name a file"):
+        TextSafetyData("jsonl", str(tmp_path)).records()
+    write(tmp_path / "d.jsonl", rows(1))
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "module.py").touch()
+    monkeypatch.setattr(raw_rows, "MOST_ENTRIES", 3)
+    with pytest.raises(ValueError, match=r"more than 3 files; name one file, or a data set's own folder"):
+        TextSafetyData("jsonl", str(tmp_path)).records()
 
 
 def test_folder_with_a_loading_script_is_refused_not_run(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from datamodules.embedding_store import EmbeddingStore
 from datamodules.records import read_records
 from mllm.encode import MediaEncoder
 from tests.conftest import ROOT
-from tests.micro import micro
+from tests.micro import merged, micro
 from tests.pictures import drawn, write_rows
 from tests.tiled import tiled
 
@@ -33,7 +33,7 @@ SMALL = [
 
 
 def start(run: Path, rows: Path, stages: str, *overrides: str) -> int:
-    return train.main([*SMALL, f"run_dir={run}", f"real.path={rows}", f"stages=[{stages}]", *overrides])
+    return train.main(merged(*SMALL, f"run_dir={run}", f"real.path={rows}", f"stages=[{stages}]", *overrides))
 
 
 def result(run: Path, stage: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import train
 from evaluation.guarded_rows import GuardedLog
 from evaluation.rows import GenerationLog
+from tests.micro import merged
 
 SMALL = [
     "synthesis.harmful=3", "synthesis.harmless=3", "synthesis.slots=4", "synthesis.max_steps=40", "synthesis.retries=0",
@@ -38,7 +39,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(folder: Path, detector: Path, *overrides: str) -> int:
     return train.main(
-        ["experiment=protector", f"run_dir={folder}", f"protector.detector={detector}", *SMALL, *overrides]
+        merged("experiment=protector", f"run_dir={folder}", f"protector.detector={detector}", *SMALL, *overrides)
     )
 
 

@@ -101,6 +101,20 @@ def test_unfinished_stage_is_resumed_with_its_files(tmp_path: Path) -> None:
         assert json.loads((stage.folder / "stage.json").read_text())["attempts"] == 2
 
 
+def test_an_attempt_that_left_nothing_accepts_other_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Run(config(tmp_path)) as run:
+        stage = run.stage("synthesize", run.settings("synthesis"))
+    with Run(config(tmp_path, synthesis__lr=0.2)) as run:
+        stage = run.stage("synthesize", run.settings("synthesis"))
+        (stage.folder / "half").touch()
+    assert "made anew" not in capsys.readouterr().err
+    with Run(config(tmp_path, synthesis__lr=0.3)) as run:
+        with pytest.raises(ValueError, match=r"synthesis\.lr: 0\.2 -> 0\.3"):
+            run.stage("synthesize", run.settings("synthesis"))
+
+
 def test_changed_configuration_is_refused_with_both_values(tmp_path: Path) -> None:
     with Run(config(tmp_path)) as run:
         synthesize(run)
@@ -129,6 +143,32 @@ def test_overwrite_redoes_what_changed_and_what_was_made_from_it(tmp_path: Path)
     with Run(config(tmp_path, overwrite=True, variants__sea_sft__lr=0.5, synthesis__lr=1.0)) as run:
         assert [synthesize(run), align(run, "sea_sft"), align(run, "sea_dpo")] == ["new"] * 3
     assert not list(tmp_path.glob(".old-*"))
+
+
+def evaluate(run: Run, *variants: str) -> list[str]:
+    """Writes the file of each variant that has none; returns those that were there."""
+    parts = {f"align/{v}": f"{v}.jsonl" for v in variants}
+    stage = run.stage("evaluate/generations", run.settings("evaluate"), list(parts), parts)
+    kept = sorted(path.stem for path in stage.folder.glob("*.jsonl"))
+    for name in parts.values():
+        (stage.folder / name).touch()
+    stage.finish()
+    return kept
+
+
+def test_parts_whose_input_is_the_same_are_kept(tmp_path: Path) -> None:
+    both = ("sea_sft", "sea_dpo")
+    with Run(config(tmp_path)) as run:
+        assert [synthesize(run), *(align(run, v) for v in both)] == ["new"] * 3
+        assert evaluate(run, *both) == []
+    with Run(config(tmp_path, overwrite=True, variants__sea_sft__lr=0.5)) as run:
+        assert [synthesize(run), *(align(run, v) for v in both)] == ["done", "new", "done"]
+        assert evaluate(run, "sea_dpo") == ["sea_dpo", "sea_sft"]
+        assert evaluate(run, *both) == ["sea_dpo"], "also when the variant was left out in between"
+        assert align(run, "text_sft") == "new"
+        assert evaluate(run, *both, "text_sft") == sorted(both), "a variant more costs the others nothing"
+    with Run(config(tmp_path, overwrite=True, variants__sea_sft__lr=0.5, evaluate__limit=1)) as run:
+        assert evaluate(run, *both) == [], "another setting concerns them all"
 
 
 def test_stage_whose_input_was_deleted_by_hand_is_not_lost(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from configs.keys import leaves
 from datamodules.embedding_store import EmbeddingStore
 from scripts import show_sample
 from stages.replays import FILE, read_replays
-from tests.micro import config, micro
+from tests.micro import config, merged, micro
 
 SMALL = [
     "experiment=sea_image", "synthesis.harmful=3", "synthesis.harmless=3", "synthesis.slots=4",
@@ -30,7 +30,7 @@ SMALL = [
 
 
 def start(folder: Path, *overrides: str) -> int:
-    return train.main([*SMALL, f"run_dir={folder}", *overrides])
+    return train.main(merged(*SMALL, f"run_dir={folder}", *overrides))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,16 @@ def test_the_same_command_again_computes_nothing(finished: Path) -> None:
     assert start(finished) == 0
     assert {p: p.stat().st_mtime_ns for p in shards} == shards
     assert adapter.stat().st_mtime_ns == before
+
+
+def test_a_variant_trained_anew_costs_the_others_no_answer(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("wandb"))
+    files = {v: run / "evaluate" / "generations" / f"{v}.jsonl" for v in ("base", "text_sft", "sea_dpo")}
+    before = {v: path.stat().st_mtime_ns for v, path in files.items()}
+    judged = (run / "evaluate" / "judgements.jsonl").read_text()
+    assert start(run, "stages=[align,evaluate]", "variants.text_sft.lr=0.01", "overwrite=true") == 0
+    assert {v for v, path in files.items() if path.stat().st_mtime_ns != before[v]} == {"text_sft"}
+    assert (run / "evaluate" / "judgements.jsonl").read_text().startswith(judged)
 
 
 @pytest.mark.parametrize("change", ["synthesis.lr=0.123", "trainer.precision=bf16-mixed", "align.refusal=No."])
@@ -171,7 +181,8 @@ def test_align_before_synthesize_says_what_is_missing(tmp_path: Path, capsys: py
 def test_an_empty_data_set_is_an_error_that_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_text("")
-    assert start(tmp_path / "r", "data=jsonl", f"data.path={path}") == 1
+    assert start(tmp_path / "r", "data=jsonl", f"data.path={path}") == 2
+    assert not (tmp_path / "r").exists()
     assert "empty.jsonl" in capsys.readouterr().err
 
 
