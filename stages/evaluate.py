@@ -20,7 +20,7 @@ from callbacks.report_logger import log_report
 from configs.schema import Config
 from datamodules.benchmarks import BenchmarkPrompt, open_media, read_figstep, read_xstest
 from datamodules.micro_benchmark import micro_benchmark
-from evaluation.judges import Judge, JudgementLog, judge_rows
+from evaluation.judges import Judge, JudgementLog, judge_rows, unjudged
 from evaluation.plots import Curve, Panel, read_curves
 from evaluation.refusal import RefusalJudge
 from evaluation.report import build_report, write_report
@@ -156,8 +156,9 @@ def judges_needed(judge: Judge) -> list[Judge]:
 
 
 def judge_all(rows: Sequence[GenerationRow], judge: Judge, judgements: JudgementLog) -> None:
-    with Progress(f"judge {judge.name}", len(rows), "answers") as progress:
-        n, failed = judge_rows(rows, judge, judgements, on_batch=progress.advance)
+    todo = unjudged(rows, judge, judgements)
+    with Progress(f"judge {judge.name}", len(todo), "answers") as progress:
+        n, failed = judge_rows(todo, judge, judgements, on_batch=progress.advance)
     if failed:
         log.warning(
             "%s: %d of %d answers could not be judged; they are counted apart, run again to retry them",
