@@ -189,6 +189,19 @@ def test_the_terminal_table_fits_eighty_columns_and_names_the_unjudged(rows, log
     assert "1 answers could not be judged" in text
 
 
+def test_compliance_never_stands_without_what_of_it_is_on_topic(rows, log, tmp_path):
+    judge_rows(rows, RefusalJudge(), log)
+    report = report_of(rows, log)
+    out = io.StringIO()
+    print_report(report, Console(file=out, width=80))
+    lines = [re.findall(r"[\w.% -]+", line.strip("│ ")) for line in out.getvalue().splitlines()]
+    complied = next(i for i, line in enumerate(lines) if line and line[0].startswith("benign"))
+    (topic, *_) = [line for line in lines[complied:] if line and line[0].strip() == "on topic"]
+    assert topic[1].strip() == "50.0 %"  # of base: the table above it says 100 % complied
+    first_table = write_report(report, tmp_path).markdown.read_text().split("*On topic*")[0]
+    assert "on topic 50.0 %" in first_table
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
