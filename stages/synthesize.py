@@ -214,13 +214,13 @@ def summary(stage: Stage, records: Sequence[Record], store: EmbeddingStore) -> d
     }
 
 
-def loss_curve(run_path: Path) -> tuple[list[int], list[float]] | None:
-    """Mean loss by age, (steps, losses), of the last attempt."""
+def loss_curve(run_path: Path) -> tuple[list[int], list[float], list[float]] | None:
+    """Mean loss by age, of the last attempt: (steps, losses, how many embeddings each is the mean of)."""
     path = run_path / "synthesize" / "loss_by_age.json"
     if not path.exists():
         return None
     rows = json.loads(path.read_text())["rows"]
-    return [r[0] for r in rows], [r[1] for r in rows]
+    return [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
 
 
 def settings_hash(cfg: Config) -> str:
