@@ -137,8 +137,11 @@ def test_no_pickle_is_left_in_a_run_but_lightning_checkpoints(finished: Path) ->
         torch.load(path, weights_only=True)
 
 
-def test_wandb_ran_offline(finished: Path) -> None:
-    assert list(finished.rglob("offline-run-*/*.wandb"))
+def test_wandb_ran_offline_in_one_run_for_all_stages(finished: Path) -> None:
+    (file,) = finished.rglob("offline-run-*/*.wandb")
+    logged = file.read_bytes()
+    for name in (b"synthesize/synthesis/loss", b"text_sft/align/loss", b"sea_dpo/align/loss", b"eval/base/micro"):
+        assert name in logged
 
 
 def truncate(path: Path) -> None:
