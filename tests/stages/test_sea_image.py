@@ -6,9 +6,11 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -128,6 +130,21 @@ def test_adapter_is_safetensors_and_loads_in_plain_peft(finished: Path) -> None:
     assert any(v.abs().max() > 0 for k, v in weights.items() if "lora_B" in k)
     model = PeftModel.from_pretrained(micro().model, folder)
     assert any("lora" in n for n, _ in model.named_parameters())
+
+
+def test_the_adapters_card_tells_what_it_is_and_its_code_loads_it(finished: Path) -> None:
+    folder = finished / "align" / "sea_dpo" / "adapter"
+    card = (folder / "README.md").read_text()
+    assert "More Information Needed" not in card
+    result = json.loads((folder.parent / "stage.json").read_text())["result"]
+    for part in ("research artefact", "`assets/micro_llava`", "`sea_dpo`", "- sft_weight: `12.0`", "torch 2"):
+        assert part in card
+    assert f"{result['examples']} examples, {result['embeddings']} embeddings" in card
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+    code = card.split("```python\n")[1].split("```")[0].replace("path/of/this/folder", str(folder))
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert isinstance(scope["model"], PeftModel)
 
 
 def test_no_pickle_is_left_in_a_run_but_lightning_checkpoints(finished: Path) -> None:
