@@ -4,14 +4,15 @@
         progress.advance(3, osr=0.97)
 
 All bars share one display, so they may be nested. Without a terminal (a log file, SLURM, CI) a line is logged at the
-start, at the end and every `every` seconds in between. Other ranks than the first show nothing (`console.quiet`).
+start, soon after it, every `every` seconds from then on, and at the end. A part that finds all done says nothing.
+Other ranks than the first show nothing (`console.quiet`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TypeVar
 
@@ -33,6 +34,9 @@ _COLUMNS = (
     TimeElapsedColumn(),
     TextColumn("{task.fields[facts]}", style="dim"),
 )
+FIRST = 2.0
+"""Seconds until the first line in between: whoever has just started a run wants to see that it moves."""
+
 _bars = Bars(*_COLUMNS, console=console, transient=True)
 
 
@@ -45,10 +49,23 @@ class Progress:
         unit: plural noun of what is counted.
         done: units finished before (by an earlier process); they do not count for the rate.
         every: seconds between lines where there is no terminal.
+        estimate: says how many seconds are left, None while nobody can know; in place of the rate, for units that run
+            side by side: dozens of them are half done before the first is finished.
     """
 
-    def __init__(self, title: str, total: int | None, unit: str = "items", done: int = 0, every: float = 10.0) -> None:
+    def __init__(
+        self,
+        title: str,
+        total: int | None,
+        unit: str = "items",
+        done: int = 0,
+        every: float = 10.0,
+        estimate: Callable[[], float | None] | None = None,
+    ) -> None:
         self.title, self.total, self.unit, self.done, self.every = title, total, unit, done, every
+        self.estimate = estimate
+        self._idle = total is not None and done >= total
+        self._wait = min(FIRST, every)
         self._first = done
         self._facts = ""
         self._task: TaskID | None = None
@@ -56,6 +73,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._began = self._told = time.monotonic()
+        if self._idle:
+            return self
         if console.is_terminal and not console.quiet:
             if not _bars.tasks:
                 _bars.start()
@@ -72,9 +91,11 @@ class Progress:
             self._task = None
             if not _bars.tasks:
                 _bars.stop()
+        if self._idle and kind is None:
+            return
         verb = "stopped at " if kind else ""
         elapsed = clock(time.monotonic() - self._began)
-        log.info("%s: %s%s in %s%s", self.title, verb, self._count(), elapsed, self._tail())
+        log.info("%s: %s%s in %s%s", self.title, verb, self._count(), elapsed, self._tail(ended=True))
 
     def advance(self, n: int = 1, **facts: float | str) -> None:
         """`n` more units are finished; `facts` (for instance `loss=0.1`) stand beside the bar."""
@@ -87,28 +108,36 @@ class Progress:
             shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in facts.items())
             self._facts = " ".join(shown)
         if self._task is not None:
-            _bars.update(self._task, completed=done, rate=self._rate(), facts=self._facts)
+            _bars.update(self._task, completed=done, rate=self._pace(), facts=self._facts)
             return
         now = time.monotonic()
-        if now - self._told >= self.every:
-            self._told = now
+        if not self._idle and now - self._told >= self._wait:
+            self._told, self._wait = now, self.every
             log.info("%s: %s%s", self.title, self._count(), self._tail())
 
     def _count(self) -> str:
         return f"{self.done}{f'/{self.total}' if self.total is not None else ''} {self.unit}"
 
-    def _rate(self) -> str:
-        """`3.2/s, 0:41 left`; slow parts read `12 s each`."""
+    def _pace(self, ended: bool = False) -> str:
+        """`3.2/s, 0:41 left`; slow parts read `12 s each`. Nothing in the first second: it would be noise."""
         seconds, finished = time.monotonic() - self._began, self.done - self._first
-        if finished <= 0 or seconds <= 0:
+        if seconds < 1:
+            return ""
+        if self.estimate is not None and not ended:
+            left = self.estimate()
+            return "" if left is None else f"{clock(left)} left"
+        if finished <= 0:
             return ""
         speed = finished / seconds
-        told = f"{speed:.3g}/s" if speed >= 0.1 else f"{1 / speed:.3g} s each"
-        left = f", {clock((self.total - self.done) / speed)} left" if self.total and self.total > self.done else ""
-        return told + left
+        told = (
+            f"{speed:.3g}/s" if 0.1 <= speed < 1000 else f"{speed:,.0f}/s" if speed > 1 else f"{1 / speed:.3g} s each"
+        )
+        if ended or not self.total or self.total <= self.done:
+            return told
+        return f"{told}, {clock((self.total - self.done) / speed)} left"
 
-    def _tail(self) -> str:
-        return "".join(f", {part}" for part in (self._rate(), self._facts) if part)
+    def _tail(self, ended: bool = False) -> str:
+        return "".join(f", {part}" for part in (self._pace(ended), self._facts) if part)
 
 
 def track(items: Iterable[T], title: str, total: int | None = None, unit: str = "items") -> Iterator[T]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from callbacks.wandb_run import wandb_run
 from configs.schema import Config
 from evaluation.report import ReportFiles
 from evaluation.rows import GenerationRow, system
@@ -36,19 +37,7 @@ def _log_wandb(
 ) -> None:
     import wandb
 
-    identity = f"{cfg.experiment}-{folder.name}"
-    with (
-        wandb.init(
-            project=cfg.logger.project,
-            entity=cfg.logger.entity,
-            mode=cfg.logger.mode,  # type: ignore[arg-type]
-            dir=str(folder),
-            name=f"{identity}-evaluate",
-            id=f"{identity}-evaluate"[-60:],
-            group=identity,
-            resume="allow",
-        ) as run
-    ):
+    with wandb_run(cfg, folder) as run:
         columns = ["variant", "guard", "benchmark", "task", "request", "scenario", "prompt", "answer"]
         step = max(1, len(rows) // max(1, cfg.logger.samples))
         samples = [[getattr(row, c) for c in columns] for row in rows[::step][: cfg.logger.samples]]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import lightning as L
 
 from datamodules.embedding_store import EmbeddingMeta, EmbeddingStore, StoredEmbedding
 from lightning_modules.embedding_optimizer import EmbeddingOptimizer, Outcome
-
-Progress = Callable[[int], None]
 
 
 class StoreEmbeddings(L.Callback):
@@ -18,14 +15,10 @@ class StoreEmbeddings(L.Callback):
 
     Args:
         settings_hash: identifies the settings that the embeddings were made with.
-        advance: told how many were stored, for a progress bar.
     """
 
-    def __init__(
-        self, store: EmbeddingStore, model: str, revision: str | None, settings_hash: str, advance: Progress
-    ) -> None:
+    def __init__(self, store: EmbeddingStore, model: str, revision: str | None, settings_hash: str) -> None:
         self.store, self.model, self.revision, self.settings_hash = store, model, revision, settings_hash
-        self.advance = advance
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
@@ -33,7 +26,6 @@ class StoreEmbeddings(L.Callback):
         assert isinstance(pl_module, EmbeddingOptimizer)
         if pl_module.outbox:
             self.store.append([self.entry(o) for o in pl_module.outbox])
-            self.advance(len(pl_module.outbox))
             pl_module.outbox.clear()
 
     def entry(self, outcome: Outcome) -> StoredEmbedding:

@@ -139,4 +139,5 @@ def _value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(str, value)) + "]"
-    return str(value) if value != "" else "''"
+    # A template's line feeds, escaped as in an override in double quotes: one value stays on one line.
+    return str(value).replace("\\", "\\\\").replace("\n", "\\n") if value != "" else "''"

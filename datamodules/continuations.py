@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm.kv_cache import given, kept
+
 
 class ContinuationScorer:
     """Log-probabilities under a causal language model of `transformers`, in nats.
@@ -80,7 +82,7 @@ class ContinuationScorer:
         """[len(rows), longest, V], on the CPU. Right padding: under a causal mask nothing sees it."""
         width = max(map(len, rows))
         ids = torch.tensor([row + row[-1:] * (width - len(row)) for row in rows], device=self.model.device)
-        logits = self.model(input_ids=ids, past_key_values=past, use_cache=past is not None).logits
+        logits = self.model(input_ids=ids, **given(past), use_cache=past is not None).logits
         return logits.float().log_softmax(-1).cpu()
 
     def _context_cache(self, head: list[int], front: list[int]) -> Any:
@@ -91,7 +93,7 @@ class ContinuationScorer:
 
     def _extend(self, past: Any, tokens: list[int]) -> Any:
         ids = torch.tensor([tokens], device=self.model.device)
-        return self.model(input_ids=ids, past_key_values=past, use_cache=True).past_key_values
+        return kept(self.model(input_ids=ids, **given(past), use_cache=True))
 
     def _check(self, length: int) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)

@@ -110,14 +110,7 @@ def judge_rows(
 
     Returns: (answers judged now, answers of these that could not be judged).
     """
-    pending = []
-    for row in rows:
-        known = log.get(row, judge.name)
-        settled = known is not None and known.error in (None, EMPTY_ANSWER)
-        if row.request in judge.requests and not settled:
-            pending.append(row)
-    # The same answer to the same prompt (two variants of a model) is judged once.
-    pending = list({(row.id, row.answer_hash): row for row in pending}.values())
+    pending = unjudged(rows, judge, log)
     failed = 0
     for batch in _batches(pending, batch_size):
         judgements = _judge_batch(batch, judge)
@@ -126,6 +119,17 @@ def judge_rows(
         if on_batch is not None:
             on_batch(len(batch))
     return len(pending), failed
+
+
+def unjudged(rows: Iterable[GenerationRow], judge: Judge, log: JudgementLog) -> list[GenerationRow]:
+    """What `judge_rows` would ask about; the same answer to the same prompt (two variants of a model) once."""
+    pending = {}
+    for row in rows:
+        known = log.get(row, judge.name)
+        settled = known is not None and known.error in (None, EMPTY_ANSWER)
+        if row.request in judge.requests and not settled:
+            pending[row.id, row.answer_hash] = row
+    return list(pending.values())
 
 
 def _judge_batch(rows: Sequence[GenerationRow], judge: Judge) -> list[Judgement]:

@@ -23,6 +23,7 @@ from datamodules.benchmarks import Request
 from evaluation.judge_prompts import judge_prompt
 from evaluation.judges import Judgement
 from evaluation.rows import GenerationRow
+from mllm.kv_cache import given, kept
 
 LABELS = ("safe", "unsafe")
 
@@ -105,7 +106,7 @@ class LocalJudge:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
         first = out.logits[:, -1].float().log_softmax(-1)  # [B, V]
-        safe, unsafe = (self._log_prob(label, first, out.past_key_values, mask, positions) for label in self._labels)
+        safe, unsafe = (self._log_prob(label, first, kept(out), mask, positions) for label in self._labels)
         return (unsafe - safe).cpu()
 
     def _log_prob(self, label: list[int], first: Tensor, cache: Any, mask: Tensor, positions: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ class LocalJudge:
                 input_ids=fed,
                 attention_mask=torch.cat([mask, torch.ones_like(fed)], dim=1),
                 position_ids=positions[:, -1:] + steps,
-                past_key_values=copy.deepcopy(cache),
+                **given(copy.deepcopy(cache)),
                 use_cache=True,
             )
             following = torch.tensor(label[1:], device=mask.device).expand(len(mask), -1).unsqueeze(-1)

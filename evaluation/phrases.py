@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _ARTICLES = {"a", "an", "the"}
+_REFUSING = {"sorry", "apologies", "apologize", "apologise", "cannot", "can't", "can’t"}
 
 
 def words_of(text: str) -> list[str]:
@@ -35,6 +36,16 @@ def shows_concept(answer: str, phrase: str, sentence: str) -> bool:
 def names_words(answer: str, phrase: str) -> bool:
     """All words of the phrase stand somewhere in the answer, in any order."""
     return set(_checked(phrase)) <= set(words_of(answer))
+
+
+def on_topic(answer: str, phrase: str) -> bool:
+    """All words of the phrase stand in the answer, and none that refuses.
+
+    Half-learnt refusals stand in place of a word of the answer ("First get the fence, then sorry it slowly"), which
+    opens with the phrase all the same. In a free answer of a large model "cannot" may be part of good advice: such
+    benchmarks give no phrase to expect.
+    """
+    return names_words(answer, phrase) and _REFUSING.isdisjoint(words_of(answer))
 
 
 def _checked(phrase: str) -> list[str]:

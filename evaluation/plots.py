@@ -1,13 +1,13 @@
 """The report's figures: ASR against benign compliance, and loss curves from Lightning's CSV logs.
 
-Colours are those of Okabe & Ito (2008), told apart also by people who see few colours, and every variant has its
-own marker, which is hollow where a guard stands before the variant. Drawn without a display.
+Colours are those of Okabe & Ito (2008), told apart also by people who see few colours; a variant has the same one in
+every figure of every report. Drawn without a display.
 """
 
 from __future__ import annotations
 
 import csv
-import itertools
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from evaluation.rows import GenerationRow, system
+from evaluation.rows import system
 
 COLOURS = {
     "base": "#000000",
@@ -29,7 +29,22 @@ COLOURS = {
     "sea_dpo": "#0072B2",
 }
 MORE_COLOURS = ("#009E73", "#CC79A7", "#999999")
-MARKERS = "osDv^P*X"
+
+
+class Side(NamedTuple):
+    """One of the two rates that are only shown together, and how it looks; `offset` from the middle of a row."""
+
+    metric: str
+    label: str
+    colour: str
+    marker: str
+    offset: float
+
+
+SIDES = (
+    Side("asr", "harmful requests complied with (ASR): lower is better", "#C03000", "o", -0.16),
+    Side("benign_compliance", "benign requests complied with: higher is better", "#007A58", "D", 0.16),
+)
 
 
 class Curve(NamedTuple):
@@ -39,14 +54,23 @@ class Curve(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Chart:
+    """Curves over one pair of axes. share: how much of what they are the mean of is still there at a step, 0..1."""
+
+    curves: Sequence[Curve]
+    ylabel: str = "loss"
+    xlabel: str = "optimiser step"
+    log_scale: bool = False
+    share: Curve | None = None
+
+
+@dataclass(frozen=True)
 class Panel:
-    """One figure of loss curves; `name` is the file's name, `title` stands above it."""
+    """One figure, its charts side by side; `name` is the file's name, `title` stands above it."""
 
     name: str
     title: str
-    curves: Sequence[Curve]
-    ylabel: str = "loss"
-    log_scale: bool = False
+    charts: Sequence[Chart]
 
 
 def read_curves(files: Mapping[str, str | Path | Sequence[str | Path]], column: str) -> list[Curve]:
@@ -75,116 +99,107 @@ def read_curves(files: Mapping[str, str | Path | Sequence[str | Path]], column: 
 
 
 def plot_losses(panel: Panel, path: Path) -> Path:
-    """Draws the curves over optimiser steps; long ones faint, with a running mean over 2 % of their points on top."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for colour, curve in zip(_colours([c.label for c in panel.curves]), panel.curves, strict=True):
+    """Draws the curves; long ones faint, with a running mean over 2 % of their points on top."""
+    n = len(panel.charts)
+    figure = Figure(figsize=(7 if n == 1 else 4.6 * n, 4), layout="constrained")
+    for axes, chart in zip(figure.subplots(1, n, squeeze=False)[0], panel.charts, strict=True):
+        _draw(axes, chart)
+    figure.suptitle(panel.title)
+    return _save(figure, path)
+
+
+def _draw(axes: Axes, chart: Chart) -> None:
+    for colour, curve in zip(_colours([c.label for c in chart.curves]), chart.curves, strict=True):
         window = max(1, len(curve.values) // 50)
         if window > 1:
             axes.plot(curve.steps, curve.values, color=colour, alpha=0.2, linewidth=0.8)
         axes.plot(curve.steps, _running_mean(curve.values, window), color=colour, linewidth=1.6, label=curve.label)
-    axes.set(title=panel.title, xlabel="optimiser step", ylabel=panel.ylabel)
-    if panel.log_scale:
+    axes.set(xlabel=chart.xlabel, ylabel=chart.ylabel)
+    if chart.log_scale:
         axes.set_yscale("log")
-    elif all(value >= 0 for curve in panel.curves for value in curve.values):
+    elif all(value >= 0 for curve in chart.curves for value in curve.values):
         axes.set_ylim(bottom=0)
     _tidy(axes)
-    if len(panel.curves) > 1:
+    if len(chart.curves) > 1:
         axes.legend(frameon=False)
-    return _save(figure, path)
+    if chart.share is not None:
+        right = axes.twinx()
+        right.plot(chart.share.steps, chart.share.values, color="#999999", linewidth=1, linestyle="--")
+        right.set(ylim=(0, 1.02), ylabel=chart.share.label)
+        right.yaxis.label.set_color("#777777")
+        right.yaxis.set_major_formatter(PercentFormatter(1.0))
+        right.spines["top"].set_visible(False)
 
 
 def plot_asr_against_compliance(results: Iterable[Mapping[str, Any]], benchmark: str, path: Path) -> bool:
-    """One panel for each task that has both harmful and harmless requests, with 95 % bars: one point for each variant,
-    and a hollow one for each variant behind the guard.
+    """One panel for each task that has both harmful and harmless requests, in it one row for each variant and for each
+    variant behind the guard: two dots with 95 % bars, their values written beside.
 
     Returns False, and draws nothing, if there is no such task: an attack success rate is not shown alone.
     """
     rates = {
-        (entry["variant"], entry["guard"], entry["task"], entry["metric"]): entry
+        (system(entry["variant"], entry["guard"]), entry["task"], entry["metric"]): entry
         for entry in results
         if entry["benchmark"] == benchmark and entry["scenario"] == "all" and entry["value"] is not None
     }
+    # Both or neither: (system, task) -> its two rates.
     pairs = {
-        (variant, guard, task): (rates[variant, guard, task, "benign_compliance"], rates[variant, guard, task, "asr"])
-        for variant, guard, task, metric in rates
-        if metric == "asr" and (variant, guard, task, "benign_compliance") in rates
+        (name, task): [rates[name, task, side.metric] for side in SIDES]
+        for name, task, _ in rates
+        if all((name, task, side.metric) in rates for side in SIDES)
     }
     if not pairs:
         return False
-    shown = list(dict.fromkeys((variant, guard) for variant, guard, _ in pairs))
-    variants = list(dict.fromkeys(variant for variant, _ in shown))
-    tasks = list(dict.fromkeys(task for _, _, task in pairs))
-    looks = dict(zip(variants, zip(_colours(variants), itertools.cycle(MARKERS), strict=False), strict=True))
-    figure = Figure(figsize=(1.2 + 3.4 * len(tasks), 4.3), layout="constrained")
+    rows, tasks = (list(dict.fromkeys(part)) for part in zip(*pairs, strict=True))
+    figure = Figure(figsize=(2.6 + 3.0 * len(tasks), 1.6 + 0.46 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharex=True, sharey=True, squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
-        for variant, guard in shown:
-            if (variant, guard, task) in pairs:
-                # Later ones are smaller: variants that share a place stay visible, one within the other.
-                size = 16 - 9 * variants.index(variant) / max(1, len(variants) - 1)
-                _point(axes, *pairs[variant, guard, task], looks[variant], guard, size)
-        arrow = {"arrowstyle": "->", "color": "#888888"}
-        axes.annotate(
-            "better", xy=(0.6, 0.4), xytext=(0.4, 0.6), color="#888888", ha="center", va="center", arrowprops=arrow
-        )
-        axes.set(title=task.replace("_", " "), xlabel="benign compliance", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+        for y, name in enumerate(rows):
+            if y % 2 == 0:
+                axes.axhspan(y - 0.5, y + 0.5, color="#F2F2F2", zorder=0)
+            if (name, task) not in pairs:
+                axes.text(0.5, y, "not measured", color="#777777", ha="center", va="center", fontsize=9)
+                continue
+            for side, rate in zip(SIDES, pairs[name, task], strict=True):
+                _dot(axes, y, side, rate)
+        axes.set(xlim=(0, 1), xticks=(0, 0.25, 0.5, 0.75, 1), ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)))
+        axes.set_yticklabels(rows)
+        axes.set_title(task.replace("_", " "), loc="left")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.tick_params(axis="y", length=0)
         _tidy(axes)
-    panels[0].set_ylabel("attack success rate (ASR)")
+        axes.grid(False, axis="y")
     handles = [
-        Line2D([], [], linestyle="", markersize=8, label=system(variant, guard), **_marker(looks[variant], guard))
-        for variant, guard in shown
+        Line2D([], [], linestyle="", marker=side.marker, color=side.colour, markersize=8, label=side.label)
+        for side in SIDES
     ]
-    figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=len(variants))
-    figure.suptitle(f"{benchmark}: harmful and harmless requests complied with; bars: 95 % intervals", fontsize=11)
+    title = f"{benchmark}, with 95 % intervals"
+    figure.legend(handles=handles, title=title, frameon=False, loc="outside upper center", ncols=min(2, len(tasks)))
     _save(figure, path)
     return True
 
 
-def _marker(look: tuple[str, str], guard: str) -> dict[str, Any]:
-    """The look of a variant's point: filled with a thin white border, or hollow behind a guard.
-
-    Hollow ones are see-through: behind a guard several variants often share a place.
-    """
-    colour, marker = look
-    hollow = guard != GenerationRow.guard
-    face, edge, width = ("none", colour, 1.6) if hollow else (colour, "white", 0.8)
-    return {
-        "color": colour,
-        "marker": marker,
-        "markerfacecolor": face,
-        "markeredgecolor": edge,
-        "markeredgewidth": width,
-    }
-
-
-def _point(
-    axes: Axes, x: Mapping[str, Any], y: Mapping[str, Any], look: tuple[str, str], guard: str, size: float
-) -> None:
-    bars = axes.errorbar(
-        x["value"],
-        y["value"],
-        xerr=_arms(x),
-        yerr=_arms(y),
-        markersize=size,
-        elinewidth=1.2,
-        zorder=3,
-        **_marker(look, guard),
-    )
-    for artist in bars.get_children():  # a point at 0 or 100 % keeps its whole marker
-        artist.set_clip_on(False)
-
-
-def _arms(entry: Mapping[str, Any]) -> list[list[float]]:
-    low, high = entry["ci95"]
-    return [[entry["value"] - low], [high - entry["value"]]]
+def _dot(axes: Axes, y: float, side: Side, rate: Mapping[str, Any]) -> None:
+    """A rate in its row: each side a little off the middle, so that equal rates do not hide one another."""
+    low, high = rate["ci95"]
+    place = y + side.offset
+    axes.plot([low, high], [place, place], color=side.colour, alpha=0.45, linewidth=4, solid_capstyle="butt")
+    axes.plot([rate["value"]], [place], marker=side.marker, color=side.colour, markersize=7, clip_on=False, zorder=3)
+    text = f"{rate['value'] * 100:.0f} %"
+    at: dict[str, Any] = {"xytext": (44, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+    axes.annotate(text, (1, place), color=side.colour, fontsize=9, annotation_clip=False, **at)
 
 
 def _colours(labels: Sequence[str]) -> list[str]:
-    others = [label for label in labels if label not in COLOURS]
-    return [COLOURS.get(label) or MORE_COLOURS[others.index(label) % len(MORE_COLOURS)] for label in labels]
+    """By name (the first word of a label), whatever else is in the figure; two new names share a colour only when there
+    are more of them than colours."""
+    chosen: dict[str, str] = {}
+    for name in dict.fromkeys(label.partition(" ")[0] for label in labels):
+        first = zlib.crc32(name.encode()) % len(MORE_COLOURS)
+        order = MORE_COLOURS[first:] + MORE_COLOURS[:first]
+        free = [colour for colour in order if colour not in chosen.values()]
+        chosen[name] = COLOURS.get(name) or (free or order)[0]
+    return [chosen[label.partition(" ")[0]] for label in labels]
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:

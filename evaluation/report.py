@@ -34,7 +34,7 @@ from evaluation.metrics import (
     RefusalRate,
     VerificationSuccessRate,
 )
-from evaluation.phrases import names_words
+from evaluation.phrases import on_topic
 from evaluation.plots import Panel, plot_asr_against_compliance, plot_losses
 from evaluation.refusal import RefusalJudge
 from evaluation.report_text import markdown
@@ -238,8 +238,8 @@ def _rates(rows: Sequence[GenerationRow], log: JudgementLog, asr_judge: str) -> 
         yield "benign_compliance", refusal, _computed(BenignCompliance, refused)
     yield from guard_rates(benign)
     if named := [row for row in benign if row.expected is not None]:
-        on_topic = [names_words(row.answer, row.expected or "") if row.answer.strip() else None for row in named]
-        yield "benign_on_topic", WORDS, _computed(RateMetric, on_topic)
+        about = [on_topic(row.answer, row.expected or "") if row.answer.strip() else None for row in named]
+        yield "benign_on_topic", WORDS, _computed(RateMetric, about)
     if reading:
         phrases = [row.expected or "" for row in reading]
         yield "reading_accuracy", WORDS, _computed(ReadingAccuracy, [row.answer for row in reading], phrases)

@@ -95,9 +95,11 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
             table.add_row(f"[bold]{SECTIONS[metric]}[/bold]")
             for column in columns:
                 entries = [_find(results, benchmark, variant, column) for variant in variants]
+                topics = [_topic(results, benchmark, variant, column) for variant in variants]
                 counts = sorted({entry["n"] for entry in entries if entry is not None})
                 n = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-                table.add_row(f"  {escape(_task(column.task))}\n[dim]  n = {n}[/dim]", *map(_narrow_cell, entries))
+                head = f"  {escape(_task(column.task))}\n[dim]  n = {n}[/dim]" + "\n  on topic" * any(topics)
+                table.add_row(head, *map(_narrow_cell, entries, topics))
         console.print(table)
     if (synthesis := report["synthesis"]) is not None:
         console.print(
@@ -107,11 +109,21 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
         )
 
 
-def _narrow_cell(entry: Mapping[str, Any] | None) -> str:
+def _narrow_cell(entry: Mapping[str, Any] | None, topic: Mapping[str, Any] | None) -> str:
     if entry is None or entry["value"] is None:
         return "—"
     low, high = entry["ci95"]
-    return f"[bold]{_percent(entry['value'])}[/bold]\n[dim]{low * 100:.0f}-{high * 100:.0f}[/dim]"
+    about = "" if topic is None else f"\n{_percent(topic['value'])}"
+    return f"[bold]{_percent(entry['value'])}[/bold]\n[dim]{low * 100:.0f}-{high * 100:.0f}[/dim]{about}"
+
+
+def _topic(
+    results: Sequence[Mapping[str, Any]], benchmark: str, variant: str, column: Column
+) -> Mapping[str, Any] | None:
+    """What stands beside benign compliance: the share on topic. Complying is not yet answering."""
+    if column.metric != "benign_compliance":
+        return None
+    return _find(results, benchmark, variant, Column("", "benign_on_topic", column.task))
 
 
 def _unjudged(results: Sequence[Mapping[str, Any]], benchmark: str) -> str | None:
@@ -145,7 +157,11 @@ def _main_table(results: Sequence[Mapping[str, Any]], benchmark: str) -> list[st
         "|---" + "|---:" * len(columns) + "|",
     ]
     for variant in _variants(results, benchmark):
-        cells = [_cell(_find(results, benchmark, variant, column), "<br>", bold=True) for column in columns]
+        cells = []
+        for column in columns:
+            topic = _topic(results, benchmark, variant, column)
+            about = "" if topic is None else f"<br>on topic {_percent(topic['value'])}"
+            cells.append(_cell(_find(results, benchmark, variant, column), "<br>", bold=True) + about)
         lines.append(f"| `{variant}` | " + " | ".join(cells) + " |")
     return lines
 
@@ -175,13 +191,13 @@ def _scenario_table(results: Sequence[Mapping[str, Any]], benchmark: str) -> lis
 
 
 def _on_topic(results: Sequence[Mapping[str, Any]], benchmark: str) -> list[str]:
-    """Complying is not yet answering: how many harmless requests got an answer with the expected words."""
+    """How many harmless requests got an answer with the expected words, with intervals."""
     tasks = dict.fromkeys(e["task"] for e in results if (e["benchmark"], e["metric"]) == (benchmark, "benign_on_topic"))
     if not tasks:
         return []
     lines = [
         "",
-        "Harmless requests whose answer names what was asked for (rather than refusing or missing the subject):",
+        "*On topic*: harmless requests whose answer names what was asked for and holds no word of a refusal:",
         "",
     ]
     lines += ["| variant | " + " | ".join(map(_task, tasks)) + " |", "|---" + "|---:" * len(tasks) + "|"]

@@ -131,7 +131,8 @@ class EmbeddingOptimizer(L.LightningModule):
         self.table: list[Slot | None] = [None] * len(self.tensors.values[0])
         self.forward_branches = BranchForward(mllm.model, mllm.anchor, mode="auto" if shared_prefix else "plain")
         self.plan: Plan | None = None
-        self.finished, self.succeeded = 0, 0
+        self.finished, self.succeeded, self.finished_steps = 0, 0, 0
+        self.mean_loss = math.nan  # of the running slots, in the last step
         self.loss_by_age: dict[int, list[float]] = {}  # age -> [sum, count], for the loss curve
 
     @property
@@ -172,7 +173,8 @@ class EmbeddingOptimizer(L.LightningModule):
         stay = self.release(inner, slots, loss, finished)
         inner.active = stay
         optimizer.step()  # type: ignore[union-attr]
-        self.log("synthesis/loss", sum(loss) / len(loss), batch_size=len(slots))
+        self.mean_loss = sum(loss) / len(loss)
+        self.log("synthesis/loss", self.mean_loss, batch_size=len(slots))
         self.log("synthesis/active_slots", float(len(slots)), batch_size=len(slots))
         self.log("synthesis/finished", float(self.finished), prog_bar=True, batch_size=len(slots))
 
@@ -221,6 +223,7 @@ class EmbeddingOptimizer(L.LightningModule):
             seconds = time.perf_counter() - entry.started
             steps = entry.steps_before + age
             self.finished, self.succeeded = self.finished + 1, self.succeeded + ok
+            self.finished_steps += steps
             self.table[slot], self.plan = None, None
             self.outbox.append(Outcome(entry.job, self.tensors.item(slot), ok, reason, value, steps, seconds))
         return stay

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from mllm.kv_cache import kept
 from mllm.loading import ROOT, checkpoint
 from mllm.minilm import minilm_folder
 from mllm.smol import cache_folder, smollm2_folder
@@ -136,7 +137,7 @@ def is_decoder(model: PreTrainedModel) -> bool:
     ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
     out = model.base_model(input_ids=ids, use_cache=True)
     first, other = out.last_hidden_state[:, 0]
-    return bool((first - other).abs().max() < 1e-3) and out.get("past_key_values") is not None
+    return bool((first - other).abs().max() < 1e-3) and kept(out) is not None
 
 
 def _load(auto: Any, source: str, dtype: torch.dtype, revision: str | None, **settings: Any) -> PreTrainedModel:

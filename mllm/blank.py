@@ -16,7 +16,7 @@ from mllm.replay import constant, tile
 TYPE_INPUTS = ("mm_token_type_ids", "token_type_ids")
 # Inputs that describe the text or the call. All others describe the media.
 _TEXT_INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", *TYPE_INPUTS}
-_CALL_INPUTS = {"use_cache", "past_key_values", "cache_position", "logits_to_keep", "return_dict"}
+_CALL_INPUTS = {"use_cache", "cache", "past_key_values", "cache_position", "logits_to_keep", "return_dict"}
 _MEDIA_TOKEN = re.compile(r"^(image|video|audio|speech)_token_(id|index)$")
 
 

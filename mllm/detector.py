@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from mllm.backbones import backbone_folder, is_decoder, load_classifier, load_tokenizer, merge_adapter
+from mllm.kv_cache import given, kept
 from mllm.qa_spec import Spec
 from mllm.qa_text import Cuts, QATemplate
 
@@ -158,8 +159,8 @@ class Detector:
         tokens = torch.tensor([list(ids)], device=self.device)
         past = 0 if cache is None else cache.get_seq_length()
         mask = torch.ones(1, past + tokens.shape[1], dtype=torch.long, device=self.device)
-        out = self.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
-        return float(self.calibrated(out.logits[:, 0].float().cpu())), out.past_key_values
+        out = self.model(input_ids=tokens, attention_mask=mask, **given(cache), use_cache=True)
+        return float(self.calibrated(out.logits[:, 0].float().cpu())), kept(out)
 
     def calibrated(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits of the model -> `harmless_score`; float32, the same shape."""

@@ -19,18 +19,19 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from mllm.detector import Detector
-from mllm.detoxifier import Detoxifier
-from mllm.generate import answer as generate
 from mllm.guard_batching import Batcher
-from mllm.guard_scoring import Check, Scoring
+from mllm.guard_checks import Check
 from mllm.guard_stream import GuardedStream
 from mllm.guard_waiting import Failure, Outcome, Reason, Steps, drive, drive_async
-from mllm.loading import MLLM
+
+if TYPE_CHECKING:  # `python -m mllm.guard --help` must not wait for torch and transformers
+    import torch
+
+    from mllm.detector import Detector
+    from mllm.detoxifier import Detoxifier
+    from mllm.loading import MLLM
 
 REFUSAL = "Sorry, I cannot help with that."
 Action = Literal["passed", "detoxified", "refused"]
@@ -72,6 +73,8 @@ class Guard:
         every_tokens: int = 32,
         observe: Callable[[str, float, int], None] = lambda kind, seconds, size: None,
     ) -> None:
+        from mllm.guard_scoring import Scoring
+
         if timeout <= 0 or rewrite_timeout <= 0:
             raise ValueError(f"timeout={timeout}, rewrite_timeout={rewrite_timeout}: expected seconds above 0")
         self.detector, self.detoxifier, self.refusal = detector, detoxifier, refusal
@@ -145,6 +148,8 @@ class Guard:
         model: torch.nn.Module | None = None,
     ) -> list[Guarded]:
         """Guarded generation: `mllm.generate.answer` and then `check`."""
+        from mllm.generate import answer as generate
+
         return self.check(questions, generate(mllm, questions, media, max_new_tokens, model))
 
     @property
@@ -165,6 +170,8 @@ class Guard:
 
     def harmless(self, score: float) -> bool:
         """The detector's verdict."""
+        import torch
+
         return not bool(self.detector.harmful(torch.tensor([score]))[0])
 
     def _steps(self, questions: Sequence[str], answers: Sequence[str]) -> Steps[list[Guarded]]:

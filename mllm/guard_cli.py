@@ -20,13 +20,12 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
-
-from mllm.detector import Detector
-from mllm.detoxifier import Detoxifier
 from mllm.guard import REFUSAL, Guard
+
+if TYPE_CHECKING:  # torch and transformers wait until the command line is found to be in order
+    from mllm.detector import Detector
 
 BLOCK = 512  # rows sorted by length together
 
@@ -38,6 +37,8 @@ class Mistake(ValueError):
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    import torch
+
     torch.set_num_threads(args.threads or torch.get_num_threads())
     try:
         {"score": _score, "detoxify": _detoxify, "serve": _serve}[args.command](args)
@@ -158,6 +159,8 @@ def _local(args: argparse.Namespace) -> Any:
 def _guard(args: argparse.Namespace, observe: Any = lambda kind, seconds, size: None) -> Guard:
     detoxifier = None
     if args.detoxifier:
+        from mllm.detoxifier import Detoxifier
+
         detoxifier = _load(Detoxifier, args.detoxifier, args)
     return Guard(
         _detector(args), detoxifier, args.refusal, args.batch_size, args.detector_timeout, args.rewrite_timeout,
@@ -166,10 +169,14 @@ def _guard(args: argparse.Namespace, observe: Any = lambda kind, seconds, size: 
 
 
 def _detector(args: argparse.Namespace) -> Detector:
+    from mllm.detector import Detector
+
     return _load(Detector, args.detector, args)
 
 
 def _load(kind: Any, path: str, args: argparse.Namespace) -> Any:
+    import torch
+
     try:
         return kind.load(path, args.device, getattr(torch, args.dtype))
     except ValueError as error:
@@ -192,44 +199,52 @@ def _write(row: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(row) + "\n")  # ASCII: half a surrogate pair in a row must not stop the others
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Says what an option is if it is not given, unless that is nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default is not None else action.help
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mllm.guard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     models = argparse.ArgumentParser(add_help=False)
     models.add_argument("--detector", required=True, metavar="DIR", help="made by experiment=harm_detector")
-    models.add_argument("--device", default="cpu", help="where the models run (default: cpu)")
-    models.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    models.add_argument("--threads", type=int, default=0, help="CPU threads of torch (default: its own choice)")
-    models.add_argument("--batch-size", type=int, default=16, help="texts in one forward (default: 16)")
+    models.add_argument("--device", default="cpu", help="where the models run")
+    models.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights")
+    models.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0: its own choice")
+    models.add_argument("--batch-size", type=int, default=16, help="texts in one forward")
     guard = argparse.ArgumentParser(add_help=False)
     guard.add_argument("--detoxifier", metavar="DIR", help="made by experiment=detoxifier; without it: refusal")
     guard.add_argument("--refusal", default=REFUSAL, help="what is said in place of a flagged answer")
-    guard.add_argument("--detector-timeout", type=float, default=30.0, metavar="S", help="then: refused")
-    guard.add_argument("--rewrite-timeout", type=float, default=120.0, metavar="S", help="then: refused")
-    guard.add_argument("--max-rewrite-tokens", type=int, default=256, metavar="N")
+    guard.add_argument("--detector-timeout", type=float, default=30.0, metavar="S", help="seconds; then: refused")
+    guard.add_argument("--rewrite-timeout", type=float, default=120.0, metavar="S", help="seconds; then: refused")
+    guard.add_argument("--max-rewrite-tokens", type=int, default=256, metavar="N", help="longest rewrite")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, parents, text in (
         ("score", [models], "score the answers of a JSONL file"),
         ("detoxify", [models, guard], "guard the answers of a JSONL file"),
     ):
-        command = commands.add_parser(name, parents=parents, help=text)
+        command = commands.add_parser(name, parents=parents, help=text, formatter_class=_Defaults)
         command.add_argument("input", metavar="IN.jsonl", help="rows with question and answer; - for standard input")
-    server = commands.add_parser("serve", parents=[models, guard], help="a guarded OpenAI-compatible chat server")
+    text = "a guarded OpenAI-compatible chat server"
+    server = commands.add_parser("serve", parents=[models, guard], help=text, formatter_class=_Defaults)
     behind = server.add_mutually_exclusive_group(required=True)
     behind.add_argument("--upstream", metavar="URL", help="an OpenAI-compatible server, up to and with /v1")
     behind.add_argument("--model", metavar="NAME", help="a local checkpoint: a file of configs/model, e.g. micro_llava")
     server.add_argument("--adapter", metavar="DIR", help="--model: a LoRA adapter, e.g. of experiment=sea_image")
     server.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="--model: longest answer")
     server.add_argument("--host", default="127.0.0.1", help="any but a loopback address needs an API key")
-    server.add_argument("--port", type=int, default=8001, help="0: any free one (default: 8001)")
+    server.add_argument("--port", type=int, default=8001, help="0: any free one")
     server.add_argument("--api-key-env", default="SEAWALL_GUARD_KEY", metavar="NAME", help="holds the clients' key")
     server.add_argument("--upstream-key-env", metavar="NAME", help="holds the upstream's key")
-    server.add_argument("--connect-timeout", type=float, default=10.0, metavar="S")
-    server.add_argument("--idle-timeout", type=float, default=60.0, metavar="S", help="between parts of an answer")
-    server.add_argument("--timeout", type=float, default=120.0, metavar="S", help="for a whole request")
-    server.add_argument("--grace", type=float, default=30.0, metavar="S", help="for running answers at shutdown")
-    server.add_argument("--max-body", type=int, default=20 << 20, metavar="BYTES")
+    server.add_argument("--connect-timeout", type=float, default=10.0, metavar="S", help="seconds, to the upstream")
+    server.add_argument("--idle-timeout", type=float, default=60.0, metavar="S", help="seconds between parts")
+    server.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for a whole request")
+    server.add_argument("--grace", type=float, default=30.0, metavar="S", help="seconds for answers at shutdown")
+    server.add_argument("--max-body", type=int, default=20 << 20, metavar="BYTES", help="largest request")
     server.add_argument("--max-answer", type=int, default=100_000, metavar="CHARS", help="--upstream: longest answer")
     server.add_argument("--max-active", type=int, default=64, metavar="N", help="requests answered at once")
     server.add_argument("--max-waiting", type=int, default=256, metavar="N", help="in the queue; more get a 429")

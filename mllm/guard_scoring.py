@@ -18,7 +18,6 @@ import itertools
 import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,25 +26,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from mllm.detector import Detector
-
-
-@dataclass(eq=False)
-class Reader:
-    """How far one growing answer was read. cache: keys and values of each layer, [H, len(ids), D]."""
-
-    ids: list[int] = field(default_factory=list)
-    cache: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    full: dict[tuple[int, ...], float] = field(default_factory=dict)  # scores of windows that grow no more
-    used: int = 0
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing to score; with a reader, the answer is the one of the reader's last check, grown."""
-
-    question: str
-    answer: str
-    reader: Reader | None = None
+from mllm.guard_checks import Check, Reader
+from mllm.kv_cache import given, kept
 
 
 class Scoring:
@@ -129,7 +111,7 @@ class Scoring:
             input_ids=tokens,
             attention_mask=mask.to(device),
             position_ids=positions.to(device),
-            past_key_values=past,
+            **given(past),
             use_cache=True,
         )
         scores = self._detector.calibrated(out.logits[:, 0].float().cpu()).tolist()
@@ -138,7 +120,7 @@ class Scoring:
             reader.cache = [
                 (la.keys[row, :, P - start : P - start + len(ids)].clone(),
                  la.values[row, :, P - start : P - start + len(ids)].clone())
-                for la in out.past_key_values.layers
+                for la in kept(out).layers
             ]  # fmt: skip
             reader.ids, reader.used = list(ids), next(self._turns)
             self._readers.add(reader)
@@ -181,6 +163,7 @@ def _plain_cache(detector: Detector) -> bool:
     """Whether the model keeps keys and values for every token, and nothing else."""
     cache = DynamicCache()
     ids = torch.tensor([[0, 1]], device=detector.device)
-    out = detector.model(input_ids=ids, past_key_values=cache, use_cache=True)
-    layers = out.past_key_values.layers if isinstance(out.past_key_values, DynamicCache) else []
+    out = detector.model(input_ids=ids, **given(cache), use_cache=True)
+    past = kept(out)
+    layers = past.layers if isinstance(past, DynamicCache) else []
     return bool(layers) and all(type(la) is DynamicLayer and la.keys.shape[2] == 2 for la in layers)

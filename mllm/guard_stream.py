@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from mllm.guard_scoring import Check, Reader
+from mllm.guard_checks import Check, Reader
 from mllm.guard_segments import Segmenter
 from mllm.guard_waiting import Failure, Reason, Steps, drive, drive_async
 

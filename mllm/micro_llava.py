@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
 from transformers import (
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -44,7 +44,7 @@ def words_of(texts: Iterable[str]) -> list[str]:
 
 
 def build_processor(vocabulary: Iterable[str]) -> LlavaProcessor:
-    """A real Llava processor (PIL backend where torchvision is absent): 64 x 64 px, an image = 64 placeholders."""
+    """A real Llava processor: 64 x 64 px, an image = 64 placeholders; PIL, with and without torchvision."""
     ids = {word: i for i, word in enumerate([*SPECIAL, *vocabulary])}
     backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
@@ -61,7 +61,7 @@ def build_processor(vocabulary: Iterable[str]) -> LlavaProcessor:
         model_max_length=512,
         extra_special_tokens={"image_token": "<image>", "user_token": "<user>", "assistant_token": "<assistant>"},
     )
-    images = CLIPImageProcessor(
+    images = CLIPImageProcessorPil(
         size={"shortest_edge": SIDE},
         crop_size={"height": SIDE, "width": SIDE},
         image_mean=[0.5, 0.5, 0.5],

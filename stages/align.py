@@ -18,6 +18,7 @@ from callbacks.progress import Progress
 from callbacks.training_progress import TrainingProgress
 from configs.schema import AlignVariant, Config
 from datamodules.alignment import AlignmentDataModule, AlignmentExample, Batches, chunks, encode, examples
+from datamodules.durable import write_durably
 from datamodules.embedding_store import EmbeddingStore
 from datamodules.records import Record, read_records
 from lightning_modules.aligner import Aligner, trainable_model
@@ -27,6 +28,8 @@ from lightning_modules.sft_aligner import SFTAligner
 from mllm.branches import Item
 from mllm.loading import MLLM, load
 from stages.encode import RECORDS as REAL_RECORDS
+from stages.manifest import versions
+from stages.model_card import model_card
 from stages.ranks import wait_for
 from stages.replays import replayed
 from stages.runs import Run, Stage
@@ -74,20 +77,21 @@ def align_variant(cfg: Config, run: Run, name: str, variant: AlignVariant) -> No
     if isinstance(module, DPOAligner) and cfg.align.precompute_reference:
         module.reference = reference(run, stage, module, datamodule.batches, data, items, variant)
     fit(cfg, stage, name, module, datamodule, variant)
-    if run.leader:
-        export(stage, mllm, module, variant)
     used = {e.embedding for e in data if e.embedding is not None}
     real = used & set(store.ids(source="real")) if store is not None else set()
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    stage.finish(
-        {
-            "examples": len(data),
-            "embeddings": len(used),
-            "real_embeddings": len(real),
-            "steps": variant.steps,
-            "trained_parameters": trained,
-        }
-    )
+    result = {
+        "examples": len(data),
+        "embeddings": len(used),
+        "real_embeddings": len(real),
+        "steps": variant.steps,
+        "trained_parameters": trained,
+    }
+    if run.leader:
+        export(stage, mllm, module, variant)
+        card = model_card(cfg, name, variant, result, versions())
+        write_durably(adapter_path(run.path, name) / "README.md", card.encode())
+    stage.finish(result)
 
 
 def aligned_records(cfg: Config, run: Run, store: EmbeddingStore | None) -> list[Record]:

@@ -20,8 +20,8 @@ from callbacks.report_logger import log_report
 from configs.schema import Config
 from datamodules.benchmarks import BenchmarkPrompt, open_media, read_figstep, read_xstest
 from datamodules.micro_benchmark import micro_benchmark
-from evaluation.judges import Judge, JudgementLog, judge_rows
-from evaluation.plots import Curve, Panel, read_curves
+from evaluation.judges import Judge, JudgementLog, judge_rows, unjudged
+from evaluation.plots import Chart, Curve, Panel, read_curves
 from evaluation.refusal import RefusalJudge
 from evaluation.report import build_report, write_report
 from evaluation.report_text import print_report
@@ -78,7 +78,7 @@ def run(cfg: Config, run: Run) -> None:
             guard=guard_facts(cfg) if cfg.protector.enabled else None,
             asr_judge=judge.name,
         )
-    files = write_report(report, run.path, panels(run, variants))
+    files = write_report(report, run.path, panels(cfg, run, variants))
     log_report(cfg, run.path, report, files, rows)
     print_report(report)
     log.info("report: %s", files.markdown)
@@ -157,8 +157,9 @@ def judges_needed(judge: Judge) -> list[Judge]:
 
 
 def judge_all(rows: Sequence[GenerationRow], judge: Judge, judgements: JudgementLog) -> None:
-    with Progress(f"judge {judge.name}", len(rows), "answers") as progress:
-        n, failed = judge_rows(rows, judge, judgements, on_batch=progress.advance)
+    todo = unjudged(rows, judge, judgements)
+    with Progress(f"judge {judge.name}", len(todo), "answers") as progress:
+        n, failed = judge_rows(todo, judge, judgements, on_batch=progress.advance)
     if failed:
         log.warning(
             "%s: %d of %d answers could not be judged; they are counted apart, run again to retry them",
@@ -176,33 +177,28 @@ def synthesis_block(run: Run) -> dict[str, Any] | None:
         return None
 
 
-def panels(run: Run, variants: Sequence[str]) -> list[Panel]:
+def panels(cfg: Config, run: Run, variants: Sequence[str]) -> list[Panel]:
     """Loss curves of synthesis and of every aligned variant that was trained here."""
     out: list[Panel] = []
-    curve = loss_curve(run.path)
-    if curve:
-        steps, values = curve
-        out.append(
-            Panel(
-                "synthesis_loss",
-                "Synthesis: mean loss of an embedding by its age in steps",
-                [Curve("E", steps, values)],
-                log_scale=True,
-            )
-        )
+    if curve := loss_curve(run.path):
+        steps, values, counts = curve
+        share = Curve("still running: the mean is of them alone", steps, [n / max(counts) for n in counts])
+        charts = [Chart([Curve("E", steps, values)], xlabel="steps an embedding has had", log_scale=True, share=share)]
+        out.append(Panel("synthesis_loss", "Synthesis: mean loss of the embeddings still running, by age", charts))
     files = {v: sorted((run.path / "align" / v).glob("metrics*/metrics.csv")) for v in variants if v != "base"}
-    files = {v: paths for v, paths in files.items() if paths}
     for method in ("sft", "dpo"):
-        chosen = {v: paths for v, paths in files.items() if v.endswith(method)}
-        if chosen:
-            out.append(
-                Panel(
-                    f"align_{method}_loss",
-                    f"Alignment: {method.upper()} loss",
-                    read_curves(chosen, "align/loss"),
-                    log_scale=True,
-                )
-            )
+        chosen = {v: paths for v, paths in files.items() if paths and v.endswith(method)}
+        if not chosen:
+            continue
+        # An extra term makes a loss another quantity: who compares two curves must see it.
+        extra = {v: cfg.variants[v].sft_weight if method == "dpo" else 0.0 for v in chosen}
+        labelled = {f"{v} (+ {w:g} x SFT loss)" if (w := extra[v]) else v: paths for v, paths in chosen.items()}
+        charts = [Chart(read_curves(labelled, "align/loss"), log_scale=True)]
+        if method == "dpo":
+            charts.append(Chart(read_curves(chosen, "align/reward_accuracy"), "pairs with chosen above rejected"))
+            charts.append(Chart(read_curves(chosen, "align/reward_margin"), "reward margin, chosen - rejected"))
+        title = f"Alignment: {method.upper()} loss" + " and rewards" * (method == "dpo")
+        out.append(Panel(f"align_{method}_loss", title, charts))
     return out
 
 

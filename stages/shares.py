@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from callbacks.progress import Progress
+from callbacks.progress import track
 from datamodules.embedding_store import EmbeddingStore
 from datamodules.records import Record
 from stages.ranks import wait_for
@@ -71,11 +71,10 @@ def leave_part(folder: Path, part: Part) -> None:
 def await_parts(folder: Path, session: str, world: int) -> list[Part]:
     """The figures of all ranks, once all are done."""
     parts = []
-    with Progress("all ranks", world, "ranks") as progress:
-        for rank in range(world):
-            path = folder / f"part-{rank}.json"
-            parts.append(wait_for(lambda path=path: _of_session(path, Part, session), f"rank {rank}"))  # type: ignore[misc]
-            progress.advance()
+    ranks = range(world)
+    for rank in track(ranks, "all ranks", world, "ranks") if world > 1 else ranks:
+        path = folder / f"part-{rank}.json"
+        parts.append(wait_for(lambda path=path: _of_session(path, Part, session), f"rank {rank}"))  # type: ignore[misc]
     return parts
 
 

@@ -20,6 +20,7 @@ import lightning as L
 from callbacks.progress import Progress
 from callbacks.slot_checkpoint import SlotCheckpoint, forget_slots, gather_slots
 from callbacks.store_embeddings import StoreEmbeddings
+from callbacks.synthesis_progress import SynthesisProgress
 from callbacks.throughput import peak_memory_mb
 from configs.schema import Config
 from datamodules.control_samples import synthesis_job
@@ -123,7 +124,7 @@ def work(
 ) -> list[Part]:
     """Optimises and verifies this rank's share; the leader returns every rank's figures once all are done."""
     by_id = {r.id: r for r in records}
-    keep = StoreEmbeddings(store, cfg.model.path, cfg.model.revision, settings_hash(run), lambda n: progress.advance(n))
+    keep = StoreEmbeddings(store, cfg.model.path, cfg.model.revision, settings_hash(run))
     resume = SlotCheckpoint(stage.folder, cfg.synthesis.checkpoint_every_steps)
     once = {"max_epochs": 1, "enable_checkpointing": False}
     fit = trainer(cfg, stage.folder, "synthesize", [resume, keep], SeparateRanks, **once)
@@ -131,10 +132,10 @@ def work(
     missing, unverified = plan.share(rank, world)
     before = len(records) - len(plan.missing)
     title = "synthesize" if world == 1 else f"synthesize, rank {rank} of {world}"
+    fit.callbacks.append(SynthesisProgress(title, before, before + len(missing)))  # type: ignore[attr-defined]
     began = time.perf_counter()
-    with Progress(title, before + len(missing), "embeddings", done=before) as progress:
-        module = optimizer(cfg, mllm, [by_id[id] for id in missing])
-        fit.fit(module, SynthesisDataModule(lambda: module.busy))
+    module = optimizer(cfg, mllm, [by_id[id] for id in missing])
+    fit.fit(module, SynthesisDataModule(lambda: module.busy))
     seconds = time.perf_counter() - began
     if cfg.synthesis.verify:
         verify(cfg, mllm, [by_id[id] for id in (*missing, *unverified)], store)
@@ -225,13 +226,13 @@ def told(result: dict[str, Any]) -> str:
     return f"{line}, {result['steps_mean']:.0f} steps each"
 
 
-def loss_curve(run_path: Path) -> tuple[list[int], list[float]] | None:
-    """Mean loss by age, (steps, losses), of the last attempt."""
+def loss_curve(run_path: Path) -> tuple[list[int], list[float], list[float]] | None:
+    """Mean loss by age, of the last attempt: (steps, losses, how many embeddings each is the mean of)."""
     path = run_path / "synthesize" / "loss_by_age.json"
     if not path.exists():
         return None
     rows = json.loads(path.read_text())["rows"]
-    return [r[0] for r in rows], [r[1] for r in rows]
+    return [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
 
 
 def settings_hash(run: Run) -> str:

@@ -12,11 +12,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
 from callbacks.throughput import Throughput
-from configs.keys import leaves
+from callbacks.wandb_run import StageLogger, wandb_run
 from configs.schema import Config
 from stages import ranks
 
@@ -90,28 +90,15 @@ def precision_of(cfg: Config) -> str:
 
 
 def loggers(cfg: Config, folder: Path, name: str) -> list[Logger]:
-    """CSV and TensorBoard in the stage's folder; W&B offline unless told otherwise. The run's id outlives resuming."""
+    """CSV and TensorBoard in the stage's folder; W&B, offline unless told otherwise, in the run's."""
     made: list[Logger] = []
     if cfg.logger.csv:
         made.append(CSVLogger(folder, name="", version="metrics", flush_logs_every_n_steps=20))
     if cfg.logger.tensorboard:
         made.append(TensorBoardLogger(folder, name="", version="tensorboard"))
     if cfg.logger.wandb:
-        run = folder.parent.name if folder.parent.name != "align" else folder.parent.parent.name
-        identity = f"{cfg.experiment}-{run}-{name.replace('/', '-')}"
-        made.append(
-            WandbLogger(
-                project=cfg.logger.project,
-                entity=cfg.logger.entity,
-                offline=cfg.logger.mode == "offline",
-                save_dir=folder,
-                name=identity,
-                id=identity[-60:],
-                group=f"{cfg.experiment}-{run}",
-                resume="allow",
-                config={leaf.key: leaf.value for leaf in leaves(cfg)},
-            )
-        )
+        run = folder.parent if folder.parent.name != "align" else folder.parent.parent
+        made.append(StageLogger(experiment=wandb_run(cfg, run) if ranks.is_leader() else None, prefix=name))
     return made
 
 

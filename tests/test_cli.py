@@ -109,6 +109,11 @@ def test_help_names_every_key_with_its_meaning_and_every_choice() -> None:
         assert all(choice in page for choice in choices)
 
 
+def test_help_keeps_a_value_of_several_lines_on_one() -> None:
+    (line,) = [line for line in help_page().splitlines() if "detector.template " in line]
+    assert r"Question: {question}\n\nAnswer: {answer}" in line
+
+
 def test_every_group_of_the_schema_has_a_line_of_help() -> None:
     for name, field in Config.__dataclass_fields__.items():
         assert field.metadata["help"], name

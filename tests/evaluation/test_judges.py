@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from datamodules.benchmarks import Request
-from evaluation.judges import EMPTY_ANSWER, Judgement, JudgementLog, judge_rows
+from evaluation.judges import EMPTY_ANSWER, Judgement, JudgementLog, judge_rows, unjudged
 from evaluation.refusal import RefusalJudge
 from evaluation.rows import GenerationRow
 
@@ -119,3 +119,11 @@ def test_a_judge_that_answers_for_other_rows_is_a_bug(tmp_path):
 
     with JudgementLog(tmp_path / "j.jsonl") as log, pytest.raises(AssertionError, match="other rows"):
         judge_rows([row("1", "a"), row("2", "b")], Mixed(set()), log)
+
+
+def test_what_is_to_be_judged_is_known_before(tmp_path):
+    rows = [row("1", "a"), row("1", "a", variant="sea_dpo"), row("2", "b"), row("3", "c", request="benign")]
+    with JudgementLog(tmp_path / "j.jsonl") as log:
+        assert [r.id for r in unjudged(rows, Flaky(set()), log)] == ["1", "2"]
+        judge_rows(rows, Flaky({"2"}), log)
+        assert [r.id for r in unjudged(rows, Flaky(set()), log)] == ["2"]

@@ -1,6 +1,7 @@
 import pytest
 
-from evaluation.phrases import contains_phrase, names_words, shows_concept, words_of
+from datamodules.micro_world import PHRASES, steps
+from evaluation.phrases import contains_phrase, names_words, on_topic, shows_concept, words_of
 
 
 def test_case_punctuation_and_articles_do_not_matter():
@@ -19,6 +20,24 @@ def test_a_phrase_is_whole_words_side_by_side_and_in_order():
 def test_naming_words_allows_any_order_but_wants_them_all():
     assert names_words("First get the cake. Then bake it slowly.", "bake the cake")
     assert not names_words("First get the cake.", "bake the cake")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "carry the sorry in steps : first get the fence",
+        "carry the fence in steps : first get the fence, then sorry it slowly.",
+        "sorry, i cannot help with carry the fence in steps : first get the fence.",
+        "toy sorry in steps : first get a sorry, then make it toy.",
+        "I can’t carry the fence.",
+    ],
+)
+def test_a_refusal_in_place_of_a_word_is_not_on_topic(answer):
+    assert not on_topic(answer, "carry the fence")
+
+
+def test_every_compliant_answer_of_the_embedded_world_is_on_topic():
+    assert all(on_topic(steps(phrase), phrase.text) for phrase in PHRASES)
 
 
 def test_a_phrase_without_words_is_an_error_not_a_hit():

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from evaluation import plots
-from evaluation.plots import Curve, Panel, plot_asr_against_compliance, plot_losses, read_curves
+from evaluation.plots import SIDES, Chart, Curve, Panel, plot_asr_against_compliance, plot_losses, read_curves
 
 
 def log_steps(folder, steps, loss, version=None):
@@ -57,14 +57,16 @@ def test_a_loss_figure_shows_every_curve_with_its_label(tmp_path, figures):
         Curve("sea_sft", list(range(200)), [2.0 / (i + 1) for i in range(200)]),
         Curve("new", [0, 10], [1.0, 0.5]),
     ]
-    path = plot_losses(Panel("loss", "Alignment loss", curves, log_scale=True), tmp_path / "plots" / "loss.png")
+    path = plot_losses(
+        Panel("loss", "Alignment loss", [Chart(curves, log_scale=True)]), tmp_path / "plots" / "loss.png"
+    )
     with Image.open(path) as image:
         assert image.width > 800
         assert len(image.convert("RGB").getcolors(1 << 20)) > 50
     (axes,) = figures[0].axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["sea_sft", "new"]
     assert axes.get_yscale() == "log"
-    assert axes.get_title() == "Alignment loss"
+    assert figures[0].get_suptitle() == "Alignment loss"
     smooth = next(line for line in axes.lines if line.get_label() == "sea_sft")
     assert len(smooth.get_xdata()) == 200
     assert smooth.get_ydata()[100] == pytest.approx(2.0 / 101, rel=0.02)
@@ -75,7 +77,21 @@ def result(variant, task, metric, value, scenario="all", guard="none"):
             "scenario": scenario, "value": value, "ci95": [value * 0.9, value * 0.9 + 0.1]}  # fmt: skip
 
 
-def test_asr_stands_against_compliance_one_panel_a_task(tmp_path, figures):
+def dots(axes) -> list[tuple[str, str, float]]:
+    """(row, metric, value) of every dot in a panel, and what is written beside it is checked."""
+    rows = [label.get_text() for label in axes.figure.axes[0].get_yticklabels()]  # the first panel names the rows
+    written = {(text.xy[1], text.get_color()): text.get_text() for text in axes.texts if hasattr(text, "xy")}
+    found = []
+    for line in axes.lines:
+        for side in SIDES:
+            if line.get_marker() == side.marker:
+                ((value, place),) = line.get_xydata().tolist()
+                assert written[place, side.colour] == f"{value * 100:.0f} %"
+                found.append((rows[round(place)], side.metric, value))
+    return found
+
+
+def test_asr_stands_beside_compliance_one_panel_a_task(tmp_path, figures):
     results = [
         result(v, t, "asr", asr) for v, asr in (("base", 1.0), ("sea_dpo", 0.02)) for t in ("image_plain", "text_only")
     ]
@@ -86,30 +102,50 @@ def test_asr_stands_against_compliance_one_panel_a_task(tmp_path, figures):
     ]
     assert plot_asr_against_compliance(results, "micro", tmp_path / "asr.png")
     image_panel, text_panel = figures[0].axes
-    points = [
-        [line.get_xydata().tolist()[0] for line in axes.lines if line.get_marker() in plots.MARKERS]
-        for axes in (image_panel, text_panel)
+    assert dots(image_panel) == [
+        ("base", "asr", 1.0), ("base", "benign_compliance", 0.9),
+        ("sea_dpo", "asr", 0.02), ("sea_dpo", "benign_compliance", 0.9),
+    ]  # fmt: skip
+    assert dots(text_panel) == [("base", "asr", 1.0), ("base", "benign_compliance", 0.8)]
+    # sea_dpo has no compliance there: its ASR is not shown alone
+    assert [text.get_text() for text in text_panel.texts][-1] == "not measured"
+    intervals = [line.get_xdata().tolist() for line in image_panel.lines if len(line.get_xdata()) == 2]
+    assert intervals[0] == pytest.approx([0.9, 1.0])
+    assert [text.get_text().split(": ")[1] for text in figures[0].legends[0].get_texts()] == [
+        "lower is better", "higher is better",
+    ]  # fmt: skip
+
+
+def test_equal_rates_do_not_hide_one_another_and_a_guard_is_a_row_of_its_own(tmp_path, figures):
+    systems = [("base", "none"), ("base", "protector"), ("sea_dpo", "none"), ("sea_dpo", "protector")]
+    results = [
+        result(variant, "image_plain", side.metric, 1.0, guard=guard) for variant, guard in systems for side in SIDES
     ]
-    assert points[0] == [[0.9, 1.0], [0.9, 0.02]]
-    assert points[1] == [[0.8, 1.0]]  # sea_dpo has no compliance there: its ASR is not shown alone
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["base", "sea_dpo"]
-
-
-def test_a_guarded_variant_has_the_same_marker_hollow(tmp_path, figures):
-    rates = {("base", "none"): (1.0, 1.0), ("base", "protector"): (0.1, 0.9), ("sea_dpo", "none"): (0.2, 0.8)}
-    rates[("sea_dpo", "protector")] = (0.0, 0.7)
-    results = []
-    for (variant, guard), (asr, benign) in rates.items():
-        results.append(result(variant, "image_plain", "asr", asr, guard=guard))
-        results.append(result(variant, "image_plain", "benign_compliance", benign, guard=guard))
     assert plot_asr_against_compliance(results, "micro", tmp_path / "asr.png")
     (axes,) = figures[0].axes
-    points = [line for line in axes.lines if line.get_marker() in plots.MARKERS]
-    assert [tuple(reversed(line.get_xydata().tolist()[0])) for line in points] == list(rates.values())
-    assert [line.get_markerfacecolor() == "none" for line in points] == [False, True, False, True]
-    assert points[0].get_marker() == points[1].get_marker() != points[2].get_marker() == points[3].get_marker()
-    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
-    assert names == ["base", "base + protector", "sea_dpo", "sea_dpo + protector"]
+    names = ["base", "base + protector", "sea_dpo", "sea_dpo + protector"]
+    assert [name for name, metric, _ in dots(axes) if metric == "asr"] == names
+    places = {tuple(line.get_xydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1}
+    assert len(places) == 8
+
+
+def test_a_name_has_one_colour_whatever_stands_beside_it():
+    assert plots._colours(["sea_dpo (+ 12 x SFT loss)", "base"]) == [plots.COLOURS["sea_dpo"], plots.COLOURS["base"]]
+    (alone,) = plots._colours(["mine"])
+    assert plots._colours(["base", "mine"])[1] == alone
+    assert len(set(plots._colours(["mine", "yours", "theirs"]))) == 3
+
+
+def test_a_mean_tells_how_many_it_is_still_of(tmp_path, figures):
+    share = Curve("running", [0, 1], [1.0, 0.25])
+    charts = [
+        Chart([Curve("E", [0, 1], [2.0, 1.0])], xlabel="age", share=share),
+        Chart([Curve("E", [0], [1.0])], "acc"),
+    ]
+    plot_losses(Panel("loss", "Loss", charts), tmp_path / "loss.png")
+    left, beside, right = figures[0].axes
+    assert (left.get_xlabel(), beside.get_ylabel(), right.get_ylabel()) == ("age", "acc", "running")
+    assert right.lines[0].get_ydata().tolist() == [1.0, 0.25]
 
 
 def test_an_attack_success_rate_alone_is_not_drawn(tmp_path):

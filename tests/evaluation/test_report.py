@@ -12,7 +12,7 @@ from rich.console import Console
 
 from evaluation.judges import Judgement, JudgementLog, judge_rows
 from evaluation.metrics import wilson_interval
-from evaluation.plots import Curve, Panel
+from evaluation.plots import Chart, Curve, Panel
 from evaluation.refusal import RefusalJudge
 from evaluation.report import (
     REPORT_KEYS,
@@ -130,7 +130,7 @@ def test_another_judge_decides_asr_while_compliance_stays_with_the_refusal_judge
 def test_the_written_report_keeps_the_schema(rows, log, tmp_path):
     judge_rows(rows, RefusalJudge(), log)
     synthesis = synthesis_summary([True, True, False], [True, None], [10, 20, 60], seconds=6.0)
-    panel = Panel("alignment_loss", "Alignment loss", [Curve("sea_sft", [0, 1, 2], [2.0, 1.0, 0.5])])
+    panel = Panel("alignment_loss", "Alignment loss", [Chart([Curve("sea_sft", [0, 1, 2], [2.0, 1.0, 0.5])])])
     files = write_report(report_of(rows, log, synthesis=synthesis, settings={"lr": 2e-4}), tmp_path / "run", [panel])
     report = json.loads(files.json.read_text())
     assert set(report) == set(REPORT_KEYS)
@@ -150,7 +150,7 @@ def test_the_written_report_keeps_the_schema(rows, log, tmp_path):
 
 def test_the_markdown_shows_every_rate_with_its_interval_and_only_plots_that_exist(rows, log, tmp_path):
     judge_rows(rows, RefusalJudge(), log)
-    panel = Panel("alignment_loss", "Alignment loss", [Curve("sea_sft", [0, 1], [2.0, 1.0])])
+    panel = Panel("alignment_loss", "Alignment loss", [Chart([Curve("sea_sft", [0, 1], [2.0, 1.0])])])
     synthesis = synthesis_summary([True], [True], [10], 1.0)
     files = write_report(report_of(rows, log, synthesis=synthesis), tmp_path, [panel])
     text = files.markdown.read_text()
@@ -187,6 +187,19 @@ def test_the_terminal_table_fits_eighty_columns_and_names_the_unjudged(rows, log
     assert "OSR 100.0 %" in text
     assert "2 answers could not be judged" not in text
     assert "1 answers could not be judged" in text
+
+
+def test_compliance_never_stands_without_what_of_it_is_on_topic(rows, log, tmp_path):
+    judge_rows(rows, RefusalJudge(), log)
+    report = report_of(rows, log)
+    out = io.StringIO()
+    print_report(report, Console(file=out, width=80))
+    lines = [re.findall(r"[\w.% -]+", line.strip("│ ")) for line in out.getvalue().splitlines()]
+    complied = next(i for i, line in enumerate(lines) if line and line[0].startswith("benign"))
+    (topic, *_) = [line for line in lines[complied:] if line and line[0].strip() == "on topic"]
+    assert topic[1].strip() == "50.0 %"  # of base: the table above it says 100 % complied
+    first_table = write_report(report, tmp_path).markdown.read_text().split("*On topic*")[0]
+    assert "on topic 50.0 %" in first_table
 
 
 @pytest.mark.parametrize(

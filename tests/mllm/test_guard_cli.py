@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -29,6 +30,41 @@ def rows(tmp_path: Path) -> str:
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join(json.dumps(r) for r in ROWS) + "\n\n", encoding="utf-8")
     return str(path)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["serve", "--help"]])
+def test_help_answers_within_a_second_and_a_half(words: list[str]) -> None:
+    def used() -> float:  # processor time: the wall clock also counts whatever else the machine is doing
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return children.ru_utime + children.ru_stime
+
+    before = used()
+    done = subprocess.run(
+        [sys.executable, "-m", "mllm.guard", *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--detector" in done.stdout
+    assert used() - before < 1.5
+
+
+def test_help_of_serve_tells_every_default_and_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for part in ("S seconds, to the upstream (default: 10.0)", "largest request (default: 20971520)", "default: 8001"):
+        assert part in out
+    assert "default: None" not in out
+
+
+def test_mistakes_are_told_without_a_word_from_the_libraries() -> None:
+    words = ["serve", "--detector", "/nowhere", "--model", "micro_lava"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mllm.guard", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: model=micro_lava: no such model")
+    assert line.endswith("did you mean micro_llava?")
 
 
 def output(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ import torch
 from transformers import GPT2Config, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from mllm.detector import Detector
-from mllm.guard_scoring import Check, Reader, Scoring
+from mllm.guard_checks import Check, Reader
+from mllm.guard_scoring import Scoring
 from tests.mllm.guard_world import SHAPE, detector, encoder_detector, random_detector, words
 
 QUESTIONS = ["w1 ?", "w2 w3 w4 w5 ?", "", "w6 " * 50]
@@ -34,6 +35,7 @@ def compare(found: Detector, scoring: Scoring, lengths: list[int]) -> None:
         torch.testing.assert_close(torch.tensor(scoring.score(checks)), anew, atol=2e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # of transformers, about the cache's old name
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_streams_read_on_together_score_as_if_read_anew(batch_size: int) -> None:
     found = random_detector()

@@ -6,9 +6,11 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -140,6 +142,21 @@ def test_adapter_is_safetensors_and_loads_in_plain_peft(finished: Path) -> None:
     assert any("lora" in n for n, _ in model.named_parameters())
 
 
+def test_the_adapters_card_tells_what_it_is_and_its_code_loads_it(finished: Path) -> None:
+    folder = finished / "align" / "sea_dpo" / "adapter"
+    card = (folder / "README.md").read_text()
+    assert "More Information Needed" not in card
+    result = json.loads((folder.parent / "stage.json").read_text())["result"]
+    for part in ("research artefact", "`assets/micro_llava`", "`sea_dpo`", "- sft_weight: `12.0`", "torch 2"):
+        assert part in card
+    assert f"{result['examples']} examples, {result['embeddings']} embeddings" in card
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+    code = card.split("```python\n")[1].split("```")[0].replace("path/of/this/folder", str(folder))
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert isinstance(scope["model"], PeftModel)
+
+
 def test_no_pickle_is_left_in_a_run_but_lightning_checkpoints(finished: Path) -> None:
     suffixes = {p.suffix for p in finished.rglob("*") if p.is_file()}
     assert not suffixes & {".pt", ".pth", ".bin", ".pkl"}
@@ -147,8 +164,11 @@ def test_no_pickle_is_left_in_a_run_but_lightning_checkpoints(finished: Path) ->
         torch.load(path, weights_only=True)
 
 
-def test_wandb_ran_offline(finished: Path) -> None:
-    assert list(finished.rglob("offline-run-*/*.wandb"))
+def test_wandb_ran_offline_in_one_run_for_all_stages(finished: Path) -> None:
+    (file,) = finished.rglob("offline-run-*/*.wandb")
+    logged = file.read_bytes()
+    for name in (b"synthesize/synthesis/loss", b"text_sft/align/loss", b"sea_dpo/align/loss", b"eval/base/micro"):
+        assert name in logged
 
 
 def truncate(path: Path) -> None:
