@@ -1,6 +1,6 @@
 """The key-value cache of a causal model, by the name that the installed transformers has for it.
 
-Before 5.24 it is `past_key_values` in and out; then `cache`, and the old name warns until 5.40 takes it away.
+5.20 calls it `past_key_values`, in and out; 5.24 `cache`, and warns of the old name until 5.40 takes it away.
 """
 
 from __future__ import annotations
