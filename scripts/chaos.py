@@ -125,7 +125,10 @@ def torment(wanted: int, rng: random.Random, longest: float, overrides: list[str
         argv = ["experiment=sea_image", "stages=[synthesize,encode,align]", f"run_dir={run}", f"real.path={rows}"]
         while True:
             attempts += 1
-            pid = start([*argv, *SMALL, *overrides], log)
+            words = {
+                word.partition("=")[0]: word for word in [*argv, *SMALL, *overrides]
+            }  # train.py refuses a key twice
+            pid = start([*words.values()], log)
             status = wait(pid, rng.uniform(0.3, longest) if kills < wanted else None)
             if status is not None:
                 break
