@@ -278,7 +278,6 @@ class Backbone:
     revision: str | None = doc("hub revision (a commit hash)")
     dtype: str = doc("dtype of frozen weights", "float32", choices=("float32", "bfloat16"))
     lora_targets: list[str] = doc("names of the modules that get LoRA", [])
-    layers: int | None = doc("a detector keeps only so many lower layers; null keeps all", low=1)
     frozen_layers: int = doc("lower layers that stay as they are", 0, low=0)
     full_finetune: bool = doc("train all other weights instead of LoRA", False)
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
@@ -92,24 +91,9 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def load_classifier(
-    source: str, tokenizer: Any, dtype: torch.dtype, revision: str | None = None, layers: int | None = None
-) -> PreTrainedModel:
-    """A sequence classifier of ONE output; a backbone without a head gets a fresh one (seed torch before).
-
-    Args:
-        layers: only so many lower layers of the backbone are kept; None keeps all.
-
-    Raises:
-        ValueError: the backbone cannot be loaded, or has no so many layers.
-    """
-    settings: dict[str, Any] = {"num_labels": 1}
-    if layers is not None:
-        have = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        if not 1 <= layers <= (n := have.get_text_config().num_hidden_layers):
-            raise ValueError(f"backbone.layers={layers}: {source} has {n} layers")
-        settings["num_hidden_layers"] = layers
-    model = _load(AutoModelForSequenceClassification, source, dtype, revision, **settings)
+def load_classifier(source: str, tokenizer: Any, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
+    """A sequence classifier of ONE output; a backbone without a head gets a fresh one (seed torch before)."""
+    model = _load(AutoModelForSequenceClassification, source, dtype, revision, num_labels=1)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # decoders pool at the last token that is none
     return model
 

@@ -43,7 +43,6 @@ class DetectorSpec(Spec):
         threshold: an answer whose harmless_score is below it is harmful.
         false_positive_rate: share of harmless validation answers that the threshold may flag; None: not measured.
         loss: what the weights were trained on.
-        base_layers: so many lower layers of the base are used; None: all.
     """
 
     FILE: ClassVar[str] = "detector.json"
@@ -55,7 +54,6 @@ class DetectorSpec(Spec):
     threshold: float = 0.5
     false_positive_rate: float | None = None
     loss: str = "bce"
-    base_layers: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -91,7 +89,7 @@ class Detector:
         base = backbone_folder(spec.base) if spec.base is not None else weights
         # Published adapters come without a tokenizer: then it is the base's.
         tokenizer = load_tokenizer(weights if own else base, None if own else spec.base_revision)
-        model = load_classifier(base, tokenizer, dtype, spec.base_revision, spec.base_layers)
+        model = load_classifier(base, tokenizer, dtype, spec.base_revision)
         if spec.base is not None:
             model = merge_adapter(model, weights, spec.weights_revision)
         return cls(model.to(device), tokenizer, spec)

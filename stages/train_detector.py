@@ -60,7 +60,7 @@ def run(cfg: Config, run: Run) -> None:
     pairs = question_parts(cfg)
     template = QATemplate(d.template, tokenizer, d.max_length, d.max_question)
     parts = encoded(pairs, template)
-    model = load_classifier(source, tokenizer, getattr(torch, b.dtype), b.revision, b.layers).to(device_of(cfg))
+    model = load_classifier(source, tokenizer, getattr(torch, b.dtype), b.revision).to(device_of(cfg))
     module = detector_module(cfg, model, parts.train, tokenizer.pad_token_id)
     batches = QuestionBatches(parts.train, d.batch_size, module.steps, cfg.seed, tokenizer.pad_token_id)
     if module.lower is None:
@@ -167,7 +167,6 @@ def facts(cfg: Config, pairs: dict[Part, list[QAPair]], template: QATemplate) ->
         max_question=template.max_question,
         base=None if b.full_finetune else b.path,
         base_revision=None if b.full_finetune else b.revision,
-        base_layers=None if b.full_finetune else b.layers,
         loss=cfg.detector.loss,
         versions=versions(),
         trained_on=trained_on,

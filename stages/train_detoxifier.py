@@ -55,8 +55,6 @@ def train_and_export(cfg: Config, run: Run) -> None:
         return
     L.seed_everything(cfg.seed, verbose=False)
     d, b = cfg.detoxifier, cfg.backbone
-    if b.layers is not None:
-        raise ValueError(f"backbone.layers={b.layers}: a detoxifier writes text and needs all layers; set it to null")
     source = backbone_folder(b.path)
     tokenizer = load_tokenizer(source, b.revision)
     template = QATemplate(d.template, tokenizer, d.max_length, d.max_question)
