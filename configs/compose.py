@@ -103,6 +103,11 @@ def check_words(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
         seen[key] = word
 
 
+def last_wins(*words: str) -> list[str]:
+    """For programs that set keys and take more from their users: of each key the last word, as `check_words` wants."""
+    return list({word.partition("=")[0]: word for word in words}.values())
+
+
 def _retell_bare_word(word: str, config_dirs: Sequence[Path]) -> NoReturn:
     if find(word) is not None:
         raise ConfigError(f"{word}: cannot be read as KEY=VALUE; write {word}=VALUE")

@@ -10,16 +10,15 @@ question is the request in words, as in text data: what is asked beside the pict
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from datamodules.benchmarks import BROKEN_IMAGE, IMAGE_FORMATS
 from datamodules.concepts import concept_from_columns
+from datamodules.pictures import decode
 from datamodules.raw_rows import read_rows
 from datamodules.records import Record, suggest
 
@@ -75,12 +74,9 @@ def read_media_records(path: str, limit: int | None = None) -> tuple[list[MediaR
 def open_image(data: bytes, path: Path) -> Image.Image:
     """A picture from the bytes of its file, upright and in RGB. Raises ValueError that names the file."""
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            image.verify()  # checksums; it has to be opened again to be decoded
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except BROKEN_IMAGE as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error}); fetch the file again") from error
+        return decode(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; fetch the file again") from error
 
 
 def _media_record(values: Mapping[str, Any], where: str, root: Path) -> MediaRecord:

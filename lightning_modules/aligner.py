@@ -8,6 +8,7 @@ nothing else: 1 x 8 gives the gradients of 8 x 1.
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -51,7 +52,7 @@ def trainable_model(mllm: MLLM, variant: AlignVariant) -> nn.Module:
     return get_peft_model(mllm.model, config)
 
 
-class Aligner(L.LightningModule):
+class Aligner(L.LightningModule, ABC):
     """Base of the two aligners; subclasses say what one micro-batch costs (`micro_step`).
 
     Args:
@@ -85,15 +86,15 @@ class Aligner(L.LightningModule):
         self.steps, self.micro_batch_size, self.grad_clip = steps, micro_batch_size, grad_clip
         self.lr, self.warmup_steps, self.weight_decay = lr, warmup_steps, weight_decay
 
+    @abstractmethod
     def micro_step(
         self, items: list[Item], E: Mapping[str, torch.Tensor] | None, ids: list[str], total: float
     ) -> tuple[torch.Tensor, dict[str, float | torch.Tensor]]:
         """Loss of one micro-batch, already divided by `total`, and sums for the log (divided by `total` here too)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def total(self, batch: AlignmentBatch) -> float:
         """What the whole batch is normalised by, over all ranks, divided by their number (DDP averages gradients)."""
-        raise NotImplementedError
 
     def training_step(self, batch: AlignmentBatch, batch_idx: int) -> torch.Tensor:
         optimizer = self.optimizers()

@@ -32,6 +32,7 @@ import stages.align
 import stages.encode
 import stages.synthesize
 import train
+from configs.compose import last_wins
 from datamodules import micro_world
 from datamodules.embedding_store import EmbeddingStore
 from datamodules.micro_images import draw
@@ -125,10 +126,7 @@ def torment(wanted: int, rng: random.Random, longest: float, overrides: list[str
         argv = ["experiment=sea_image", "stages=[synthesize,encode,align]", f"run_dir={run}", f"real.path={rows}"]
         while True:
             attempts += 1
-            words = {
-                word.partition("=")[0]: word for word in [*argv, *SMALL, *overrides]
-            }  # train.py refuses a key twice
-            pid = start([*words.values()], log)
+            pid = start(last_wins(*argv, *SMALL, *overrides), log)
             status = wait(pid, rng.uniform(0.3, longest) if kills < wanted else None)
             if status is not None:
                 break

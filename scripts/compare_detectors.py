@@ -15,6 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs.compose import last_wins
+
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = ("bce", "bce_pairwise")
 METRICS = ("auroc", "pair_accuracy", "average_precision", "ece", "recall_at_1_percent_fpr", "recall_at_5_percent_fpr")
@@ -25,8 +29,8 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 def trained(folder: Path, loss: str, seed: int, overrides: list[str]) -> dict[str, float]:
     """Test metrics of one run; trains it first if that was not done."""
     run_dir = folder / f"{loss}-{seed}"
-    command = [sys.executable, "train.py", "experiment=harm_detector", f"run_dir={run_dir}", f"detector.loss={loss}"]
-    done = subprocess.run([*command, f"seed={seed}", *overrides], cwd=ROOT)
+    words = ["experiment=harm_detector", f"run_dir={run_dir}", f"detector.loss={loss}", f"seed={seed}"]
+    done = subprocess.run([sys.executable, "train.py", *last_wins(*words, *overrides)], cwd=ROOT)
     if done.returncode:
         sys.exit(done.returncode)
     record = json.loads((run_dir / "train_detector" / "stage.json").read_text())

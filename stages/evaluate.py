@@ -187,7 +187,7 @@ def panels(cfg: Config, run: Run, variants: Sequence[str]) -> list[Panel]:
         out.append(Panel("synthesis_loss", "Synthesis: mean loss of the embeddings still running, by age", charts))
     files = {v: sorted((run.path / "align" / v).glob("metrics*/metrics.csv")) for v in variants if v != "base"}
     for method in ("sft", "dpo"):
-        chosen = {v: paths for v, paths in files.items() if paths and v.endswith(method)}
+        chosen = {v: paths for v, paths in files.items() if paths and cfg.variants[v].method == method}
         if not chosen:
             continue
         # An extra term makes a loss another quantity: who compares two curves must see it.

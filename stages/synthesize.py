@@ -51,11 +51,22 @@ from stages.trainers import device_of, trainer
 
 log = logging.getLogger(__name__)
 
+OF_LATER_STAGES = {
+    "model.lora_targets",
+    "model.prompts.replay",
+    "model.prompts.prefix_activity",
+    "model.prompts.prefix_product",
+}
+OF_THE_SET = {
+    f"synthesis.{key}" for key in ("harmful", "harmless", "verify", "verify_max_new_tokens", "include_failed")
+}
+"""Say how many embeddings there are and what becomes of them, not how one is made."""
+
 
 def settings(run: Run) -> dict[str, Any]:
-    """The keys that an embedding depends on: all of the model's but where LoRA goes."""
+    """The keys that the stage depends on: all of the model's but those that alignment and evaluation alone read."""
     keys = run.settings("seed", "model", "data", "concepts", "synthesis", "store", "trainer.precision")
-    return {key: value for key, value in keys.items() if key != "model.lora_targets"}
+    return {key: value for key, value in keys.items() if key not in OF_LATER_STAGES}
 
 
 def run(cfg: Config, run: Run) -> None:
@@ -237,9 +248,8 @@ def loss_curve(run_path: Path) -> tuple[list[int], list[float], list[float]] | N
 
 def settings_hash(run: Run) -> str:
     """Of what one embedding depends on, whatever stands beside it in the store."""
-    kept = {key: value for key, value in settings(run).items() if key.startswith(("seed", "model.", "synthesis."))}
-    for name in ("harmful", "harmless", "verify", "verify_max_new_tokens", "include_failed"):
-        kept.pop(f"synthesis.{name}", None)
+    of_one = ("seed", "model.", "synthesis.", "trainer.precision")
+    kept = {k: v for k, v in settings(run).items() if k.startswith(of_one) and k not in OF_THE_SET}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -250,9 +260,10 @@ def check_settings(run: Run, records: Sequence[Record], store: EmbeddingStore) -
         ValueError: it does; nothing is overwritten.
     """
     now = settings_hash(run)
-    other = [r.id for r in records if r.id in store and store.meta(r.id).settings_hash != now]
+    known = ((r, store.meta(r.id)) for r in records if r.id in store)
+    other = [r.id for r, meta in known if (meta.settings_hash, meta.concept) != (now, r.concept)]
     if other:
         raise ValueError(
-            f"{store.path}: {len(other)} of {len(records)} embeddings were made with other settings (the first is "
-            f"{other[0]}); give another store.path, the settings they were made with, or leave out the stage synthesize"
+            f"{store.path}: {len(other)} of {len(records)} embeddings were made with other settings or concepts (the "
+            f"first is {other[0]}); give another store.path, the settings they were made with, or leave out the stage synthesize"
         )

@@ -18,11 +18,6 @@ from mllm.loading import MLLM, assemble, load
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def merged(*overrides: str) -> list[str]:
-    """A command whose later words replace earlier ones of the same key, which `train.py` itself refuses."""
-    return list({word.partition("=")[0]: word for word in overrides}.values())
-
-
 @functools.lru_cache(maxsize=1)
 def config() -> Config:
     return compose(["experiment=sea_image"]).config

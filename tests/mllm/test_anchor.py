@@ -364,7 +364,8 @@ def test_injecting_does_not_walk_the_model(llava: Case, monkeypatch: pytest.Monk
     for name in ("named_modules", "modules"):
         monkeypatch.setattr(llava.model, name, walk)
     with llava.anchor.inject(llava.anchor.E0):
-        pass
+        assert "forward" in vars(llava.model.model.vision_tower)  # E is in place of the tower's output
+    assert "forward" not in vars(llava.model.model.vision_tower)
 
 
 def test_media_inputs_of_many_items_take_no_memory(llava: Case) -> None:

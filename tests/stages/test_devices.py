@@ -18,11 +18,11 @@ import pytest
 from safetensors.torch import load_file
 
 import train
+from configs.compose import last_wins
 from datamodules.embedding_store import EmbeddingStore
 from datamodules.records import read_records
 from stages.ranks import wait_for
 from tests.conftest import ROOT
-from tests.micro import merged
 
 pytestmark = pytest.mark.slow
 SMALL = [
@@ -36,7 +36,7 @@ TWO = ["trainer=ddp", "trainer.devices=2"]
 
 
 def start(run: Path, *overrides: str, **env: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "train.py", *merged(*SMALL, f"run_dir={run}", *overrides)]
+    command = [sys.executable, "train.py", *last_wins(*SMALL, f"run_dir={run}", *overrides)]
     environment = {**os.environ, **env}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

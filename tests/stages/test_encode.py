@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 import train
+from configs.compose import last_wins
 from datamodules.embedding_store import EmbeddingStore
 from datamodules.records import read_records
 from mllm.encode import MediaEncoder
 from tests.conftest import ROOT
-from tests.micro import merged, micro
+from tests.micro import micro
 from tests.pictures import drawn, write_rows
 from tests.tiled import tiled
 
@@ -33,7 +34,7 @@ SMALL = [
 
 
 def start(run: Path, rows: Path, stages: str, *overrides: str) -> int:
-    return train.main(merged(*SMALL, f"run_dir={run}", f"real.path={rows}", f"stages=[{stages}]", *overrides))
+    return train.main(last_wins(*SMALL, f"run_dir={run}", f"real.path={rows}", f"stages=[{stages}]", *overrides))
 
 
 def result(run: Path, stage: str) -> dict[str, Any]:

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+from configs.compose import last_wins
 from evaluation.guarded_rows import GuardedLog
 from evaluation.rows import GenerationLog
-from tests.micro import merged
 
 SMALL = [
     "synthesis.harmful=3", "synthesis.harmless=3", "synthesis.slots=4", "synthesis.max_steps=40", "synthesis.retries=0",
@@ -39,7 +39,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(folder: Path, detector: Path, *overrides: str) -> int:
     return train.main(
-        merged("experiment=protector", f"run_dir={folder}", f"protector.detector={detector}", *SMALL, *overrides)
+        last_wins("experiment=protector", f"run_dir={folder}", f"protector.detector={detector}", *SMALL, *overrides)
     )
 
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import train
-from configs.compose import compose
+from configs.compose import ConfigError, compose, last_wins
 from stages.preflight import preflight
-from tests.micro import merged
 from tests.pictures import drawn
 
 ROW = {"question": "How?", "chosen": "No.", "rejected": "So.", "harmful": True}
@@ -25,7 +24,7 @@ def written(path: Path, *rows: dict[str, Any]) -> str:
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
     run = folder / "run"
-    assert train.main(merged("experiment=sea_image", f"run_dir={run}", *overrides)) == 2
+    assert train.main(last_wins("experiment=sea_image", f"run_dir={run}", *overrides)) == 2
     assert not run.exists()
     return capsys.readouterr().err
 
@@ -97,8 +96,11 @@ def test_a_key_is_not_asked_for_where_nothing_needs_it(tmp_path: Path, monkeypat
     preflight(compose([*words, "stages=[align]"]).config)
     preflight(compose([*words, "judge.api.key_env=", "concepts.api.key_env="]).config)
     (tmp_path / "synthesize").mkdir()
+    done = compose([*words, "stages=[synthesize,align]"]).config
+    with pytest.raises(ConfigError, match="concepts=api needs a key"):
+        preflight(done)
     (tmp_path / "synthesize" / "stage.json").write_text('{"status": "done"}')
-    preflight(compose([*words, "stages=[synthesize,align]"]).config)
+    preflight(done)
 
 
 def test_device(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,7 +269,8 @@ def test_lock_is_not_kept_by_a_forked_child(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     try:
-        Run(config(tmp_path)).close()
+        with Run(config(tmp_path)) as run:
+            assert synthesize(run) == "new"
     finally:
         os.kill(child, signal.SIGKILL)
         parent.communicate()

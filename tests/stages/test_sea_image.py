@@ -15,11 +15,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import train
+from configs.compose import last_wins
 from configs.keys import leaves
 from datamodules.embedding_store import EmbeddingStore
 from scripts import show_sample
 from stages.replays import FILE, read_replays
-from tests.micro import config, merged, micro
+from tests.micro import config, micro
 
 SMALL = [
     "experiment=sea_image", "synthesis.harmful=3", "synthesis.harmless=3", "synthesis.slots=4",
@@ -32,7 +33,7 @@ SMALL = [
 
 
 def start(folder: Path, *overrides: str) -> int:
-    return train.main(merged(*SMALL, f"run_dir={folder}", *overrides))
+    return train.main(last_wins(*SMALL, f"run_dir={folder}", *overrides))
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,13 @@ def test_wandb_ran_offline_in_one_run_for_all_stages(finished: Path) -> None:
     logged = file.read_bytes()
     for name in (b"synthesize/synthesis/loss", b"text_sft/align/loss", b"sea_dpo/align/loss", b"eval/base/micro"):
         assert name in logged
+    media = file.parent / "files" / "media"
+    (table,) = media.rglob("samples*.table.json")
+    rows = json.loads(table.read_text())
+    assert {"prompt", "answer", "variant"} <= set(rows["columns"])
+    assert rows["data"]
+    for plot in (finished / "plots").glob("*.png"):
+        assert list((media / "images" / "plots").glob(f"{plot.stem}*.png"))
 
 
 def truncate(path: Path) -> None:
@@ -242,7 +250,7 @@ def test_an_external_store_of_other_settings_or_weights_is_refused(
     again = ("stages=[synthesize]", f"store.path={store}")
     assert start(tmp_path / "same", *again) == 0
     assert start(tmp_path / "other", *again, "synthesis.margin=5") == 1
-    assert "6 of 6 embeddings were made with other settings" in capsys.readouterr().err
+    assert "6 of 6 embeddings were made with other settings or concepts" in capsys.readouterr().err
     model = shutil.copytree("assets/micro_llava", tmp_path / "model")
     header = json.loads((store / "store.json").read_text())
     moved = header["model_key"].replace("assets/micro_llava@", f"{model}@")

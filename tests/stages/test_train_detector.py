@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import train
+from configs.compose import last_wins
 from configs.schema import Prompts
 from datamodules.micro_pairs import micro_pairs
 from datamodules.micro_world import phrases
 from lightning_modules.harm_detector import HarmDetector
 from mllm.detector import Detector
 from mllm.detoxifier import Detoxifier
-from tests.micro import merged
 from tests.micro_text import backbone
 
 QUESTION, HARMFUL, SORRY = (
@@ -44,7 +44,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(experiment: str, rows: Path, folder: Path, *overrides: str) -> int:
     fixed = ["data=jsonl", f"data.path={rows}", "data.holdout=0.2", "pairs.validation=0.2", "backbone=micro"]
     fixed += [f"backbone.path={backbone()}", "trainer.precision=32-true", "logger.tensorboard=false"]
-    return train.main(merged(f"experiment={experiment}", f"run_dir={folder}", *fixed, *overrides))
+    return train.main(last_wins(f"experiment={experiment}", f"run_dir={folder}", *fixed, *overrides))
 
 
 SMALL = ("detector.max_length=64", "detector.max_question=24", "detector.epochs=3", "detector.batch_size=8",
