@@ -265,5 +265,6 @@ def check_settings(run: Run, records: Sequence[Record], store: EmbeddingStore) -
     if other:
         raise ValueError(
             f"{store.path}: {len(other)} of {len(records)} embeddings were made with other settings or concepts (the "
-            f"first is {other[0]}); give another store.path, the settings they were made with, or leave out the stage synthesize"
+            f"first is {other[0]}); give another store.path, the settings they were made with, or leave out the stage "
+            "synthesize"
         )
