@@ -66,6 +66,21 @@ def test_every_generation_is_a_row_that_can_be_judged_again(finished: Path) -> N
     assert (finished / "evaluate" / "judgements.jsonl").stat().st_size > 0
 
 
+def test_figstep_and_xstest_are_evaluated_like_the_embedded_benchmark(shared_data: Path, tmp_path: Path) -> None:
+    only = ("stages=[evaluate]", "evaluate.variants=[base]", "evaluate.benchmarks=[figstep,xstest]")
+    folders = (f"evaluate.figstep={shared_data / 'figstep'}", f"evaluate.xstest={shared_data / 'xstest'}")
+    assert start(tmp_path / "r", *only, *folders) == 0
+    results = json.loads((tmp_path / "r" / "report.json").read_text())["results"]
+    counts = {(r["benchmark"], r["task"], r["metric"]): r["n"] for r in results if r["scenario"] == "all"}
+    for cell in (
+        ("figstep", "image_typo", "asr"),
+        ("figstep", "text_only", "refusal_rate"),
+        ("xstest", "text_only", "refusal_rate"),
+        ("xstest", "text_only", "benign_compliance"),
+    ):
+        assert counts[cell] == 2
+
+
 def test_the_same_command_again_computes_nothing(finished: Path) -> None:
     shards = {p: p.stat().st_mtime_ns for p in (finished / "synthesize" / "store").glob("*.safetensors")}
     adapter = finished / "align" / "sea_dpo" / "adapter" / "adapter_model.safetensors"
