@@ -307,6 +307,11 @@ class DetectorTraining:
     grad_clip: float = doc("largest norm of the gradient; 0 turns it off", 1.0, low=0)
     harmful_weight: float | None = doc("weight of a harmful answer in the BCE; null: harmless / harmful answers", low=0)
     lora: Lora = group(Lora, "low-rank adapters")
+    layers: list[int] = doc(
+        "read these layers (1 = lowest) as means over question and answer, backbone frozen; []: the last token", []
+    )
+    hidden: int = doc("width of the head on those means", 512, low=1)
+    dropout: float = doc("dropout in the head on those means", 0.5, low=0, high=0.95)
     cache_frozen: bool = doc("compute the output of frozen layers once", True)
     false_positive_rate: float = doc("share of harmless answers that the threshold may flag", 0.05, low=0, high=0.5)
     checkpoint_every_steps: int = doc("steps between checkpoints", 50, low=1, free=True)

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules.qa_pairs import QAPair
+from mllm.qa_text import QAIds
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class QuestionTexts:
     two pairs counts twice. pairs: (index of the harmless, index of the harmful answer), where a pair has both.
     """
 
-    ids: tuple[tuple[int, ...], ...]
+    ids: tuple[QAIds, ...]
     labels: tuple[tuple[int, bool], ...]
     pairs: tuple[tuple[int, int], ...]
 
@@ -64,7 +65,7 @@ class TextBatch:
     positions: torch.Tensor
 
 
-def encode_questions(pairs: Sequence[QAPair], encode: Callable[[str, str], list[int]]) -> list[QuestionTexts]:
+def encode_questions(pairs: Sequence[QAPair], encode: Callable[[str, str], QAIds]) -> list[QuestionTexts]:
     """The pairs gathered by question (at most `MOST` distinct ones together), in the order in which they first come.
 
     Equal pairs are votes: they stay together, with as many labels as votes and one text to compute.
@@ -85,7 +86,7 @@ def encode_questions(pairs: Sequence[QAPair], encode: Callable[[str, str], list[
                 for _ in range(n)
                 if p.worse is not None and p.contrast
             ]
-            ids = tuple(tuple(encode(question, text)) for text in texts)
+            ids = tuple(encode(question, text) for text in texts)
             out.append(QuestionTexts(ids, tuple(labels), tuple(preferred)))
     return out
 

@@ -1,7 +1,8 @@
 """Training of the harm detector (MLLM-Protector, arXiv 2401.02906, section 3.2): a backbone with one output, BCE.
 
 One optimiser step sees a batch of questions with all their answers, each distinct text once. Frozen lower layers
-need not run: their output is fed from memory (mllm/frozen_layers.py).
+need not run: their output is fed from memory (mllm/frozen_layers.py). Nor need a backbone that is frozen as a whole,
+under a head on section means (mllm/sections.py).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class HarmDetector(L.LightningModule):
         loss, harmful_weight: see lightning_modules/detector_losses.py.
         head_lr_factor: the fresh head learns that much faster than the rest.
         lower, features: the frozen layers and what they put out for each text; None: they run.
+        pooled: what a head on section means (then `model`, mllm/sections.py) is given for each text, [texts, width].
     """
 
     def __init__(
@@ -43,16 +45,19 @@ class HarmDetector(L.LightningModule):
         harmful_weight: float = 1.0,
         lower: LowerLayers | None = None,
         features: Sequence[torch.Tensor] | None = None,
+        pooled: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds the trained weights only
         self.model, self.loss, self.steps, self.lr = model, loss, steps, lr
         self.warmup_steps, self.weight_decay, self.harmful_weight = warmup_steps, weight_decay, harmful_weight
         self.head_ids, self.head_lr_factor = {id(p) for p in head}, head_lr_factor
-        self.lower, self.features = lower, features
+        self.lower, self.features, self.pooled = lower, features, pooled
 
     def forward(self, batch: TextBatch) -> torch.Tensor:
         """Logits, float32 [N]; positive = harmless."""
+        if self.pooled is not None:
+            return self.model(self.pooled[batch.positions].to(self.device))[:, 0].float()
         if self.lower is not None:
             assert self.features is not None
             self.lower.feed([self.features[i] for i in batch.positions.tolist()])

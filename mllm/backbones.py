@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
@@ -98,6 +99,11 @@ def load_classifier(source: str, tokenizer: Any, dtype: torch.dtype, revision: s
     return model
 
 
+def load_headless(source: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
+    """The backbone alone."""
+    return _load(AutoModel, source, dtype, revision)
+
+
 def load_causal(source: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
     """A causal language model."""
     return _load(AutoModelForCausalLM, source, dtype, revision)
@@ -116,7 +122,7 @@ def merge_adapter(model: PreTrainedModel, adapter: str, revision: str | None = N
 
 
 @torch.no_grad()
-def is_decoder(model: PreTrainedModel) -> bool:
+def is_decoder(model: Any) -> bool:
     """Whether a token sees only what stands before it and a key-value cache is kept. Tried out, not read off a name."""
     ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
     out = model.base_model(input_ids=ids, use_cache=True)

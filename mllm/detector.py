@@ -1,6 +1,7 @@
 """The harm detector of MLLM-Protector (arXiv 2401.02906, section 3.2): how harmless is an answer to a question?
 
-    logit = w . h(question, answer)         a backbone of transformers with a linear layer of ONE output
+    logit = w . h(question, answer)         a backbone of transformers with a linear layer of ONE output, on the last
+                                            token's state, or on means over question and answer (mllm/sections.py)
     harmless_score = sigmoid(s * logit / temperature + bias)     in 0..1, 1 = harmless; s = -1 for weights trained on
                                                                  the opposite label, so a score is never upside down
     harmful = not (harmless_score >= threshold)                  a NaN is harmful: fail closed
@@ -21,14 +22,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from mllm.backbones import backbone_folder, is_decoder, load_classifier, load_tokenizer, merge_adapter
-from mllm.kv_cache import given, kept
+from mllm.backbones import backbone_folder, is_decoder, load_classifier, load_headless, load_tokenizer, merge_adapter
 from mllm.qa_spec import Spec
-from mllm.qa_text import Cuts, QATemplate
+from mllm.qa_text import Cuts, QAIds, QATemplate
+from mllm.sections import SectionClassifier, SectionHead
 
+HEAD = "head.safetensors"
 TEMPLATE = "Question: {question}\n\nAnswer: {answer}"
 """The released training template; ours too."""
 
@@ -43,6 +47,8 @@ class DetectorSpec(Spec):
         threshold: an answer whose harmless_score is below it is harmful.
         false_positive_rate: share of harmless validation answers that the threshold may flag; None: not measured.
         loss: what the weights were trained on.
+        layers, hidden: of a head on section means (mllm/sections.py), whose weights are `head.safetensors`; no layers:
+            the head is transformers' own.
     """
 
     FILE: ClassVar[str] = "detector.json"
@@ -54,8 +60,11 @@ class DetectorSpec(Spec):
     threshold: float = 0.5
     false_positive_rate: float | None = None
     loss: str = "bce"
+    layers: tuple[int, ...] = ()
+    hidden: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))  # JSON has lists
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"key 'threshold': got {self.threshold}, expected a score in 0..1")
         if not (math.isfinite(self.temperature) and self.temperature > 0 and math.isfinite(self.bias)):
@@ -68,7 +77,7 @@ class DetectorSpec(Spec):
 class Detector:
     """A loaded detector, in evaluation mode; its model may be shared by threads that only score."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, spec: DetectorSpec) -> None:
+    def __init__(self, model: PreTrainedModel | SectionClassifier, tokenizer: Any, spec: DetectorSpec) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.spec = tokenizer, spec
         self.template = QATemplate(spec.template, tokenizer, spec.max_length, spec.max_question)
@@ -89,6 +98,10 @@ class Detector:
         base = backbone_folder(spec.base) if spec.base is not None else weights
         # Published adapters come without a tokenizer: then it is the base's.
         tokenizer = load_tokenizer(weights if own else base, None if own else spec.base_revision)
+        if spec.layers:
+            head = load_head(Path(weights), spec)
+            backbone = load_headless(base, dtype, spec.base_revision)
+            return cls(SectionClassifier(backbone, spec.layers, head).to(device), tokenizer, spec)
         model = load_classifier(base, tokenizer, dtype, spec.base_revision)
         if spec.base is not None:
             model = merge_adapter(model, weights, spec.weights_revision)
@@ -103,7 +116,7 @@ class Detector:
         """How many texts lost tokens, so far."""
         return self.template.cuts
 
-    def encode(self, question: str, answer: str) -> list[int]:
+    def encode(self, question: str, answer: str) -> QAIds:
         """Token ids of one text, at most `spec.max_length` (mllm/qa_text.py)."""
         return self.template.encode(question, answer)
 
@@ -128,7 +141,7 @@ class Detector:
             lowest[i] = score if math.isnan(score) or score < lowest[i] else lowest[i]
         return lowest
 
-    def score_ids(self, ids: Sequence[Sequence[int]], batch_size: int = 32) -> torch.Tensor:
+    def score_ids(self, ids: Sequence[QAIds], batch_size: int = 32) -> torch.Tensor:
         """`harmless_score` of encoded texts: float32 [B] on the CPU."""
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         scores = torch.full((len(ids),), math.nan)
@@ -138,27 +151,19 @@ class Detector:
         return scores
 
     @torch.inference_mode()
-    def logits(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    def logits(self, ids: Sequence[QAIds]) -> torch.Tensor:
         """The model's own output for one batch: float32 [B] on the CPU."""
         self.tokens_read += sum(map(len, ids))
         rows = [torch.tensor(row) for row in ids]
         tokens = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id).to(self.device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(self.device)
-        return self.model(input_ids=tokens, attention_mask=mask).logits[:, 0].float().cpu()
+        return self.forward(tokens, mask, ids).logits[:, 0].float().cpu()
 
-    @torch.inference_mode()
-    def extend(self, ids: Sequence[int], cache: Any | None = None) -> tuple[float, Any]:
-        """Score of a growing text: what is in `cache` followed by `ids` (at least one). Returns the longer cache too.
-
-        Only where `causal`. The cache is changed in place; `cache.crop(-n)` takes the last n tokens off it.
-        """
-        if not self.causal:
-            raise ValueError("this detector's backbone is an encoder: it reads a text as a whole, use score()")
-        tokens = torch.tensor([list(ids)], device=self.device)
-        past = 0 if cache is None else cache.get_seq_length()
-        mask = torch.ones(1, past + tokens.shape[1], dtype=torch.long, device=self.device)
-        out = self.model(input_ids=tokens, attention_mask=mask, **given(cache), use_cache=True)
-        return float(self.calibrated(out.logits[:, 0].float().cpu())), kept(out)
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, ids: Sequence[QAIds], **more: Any) -> Any:
+        """One call of the model. tokens: [B, N] of the texts `ids`; mask: [B, P + N], P of them in a cache."""
+        if isinstance(self.model, SectionClassifier):
+            more["answer_B"] = torch.tensor([text.answer for text in ids], device=self.device)
+        return self.model(input_ids=tokens, attention_mask=mask, **more)
 
     def calibrated(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits of the model -> `harmless_score`; float32, the same shape."""
@@ -168,3 +173,18 @@ class Detector:
     def harmful(self, scores: torch.Tensor) -> torch.Tensor:
         """bool, the same shape: below the threshold, or not a number."""
         return ~(scores >= self.threshold)
+
+
+def load_head(folder: Path, spec: DetectorSpec) -> SectionHead:
+    """The head beside a `detector.json` that names layers, in float32."""
+    file = folder / HEAD
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); train the detector again") from error
+    head = SectionHead(weights["mean"].numel() if "mean" in weights else 0, spec.hidden)
+    try:
+        head.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{file}: does not fit {DetectorSpec.FILE} ({str(error).splitlines()[0]})") from error
+    return head

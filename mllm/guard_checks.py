@@ -11,10 +11,14 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Reader:
-    """How far one growing answer was read. cache: keys and values of each layer, [H, len(ids), D]."""
+    """How far one growing answer was read.
+
+    cache: keys and values of each layer, [H, len(ids), D]. states: what a head on section means keeps, [len(ids), c].
+    """
 
     ids: list[int] = field(default_factory=list)
     cache: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    states: Tensor | None = None
     full: dict[tuple[int, ...], float] = field(default_factory=dict)  # scores of windows that grow no more
     used: int = 0
 

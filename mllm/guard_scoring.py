@@ -18,6 +18,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from transformers.cache_utils import DynamicLayer
 from mllm.detector import Detector
 from mllm.guard_checks import Check, Reader
 from mllm.kv_cache import given, kept
+from mllm.qa_text import QAIds
+from mllm.sections import SectionOutput
 
 
 class Scoring:
@@ -80,7 +83,7 @@ class Scoring:
                 lowest[i] = score if math.isnan(score) or score < lowest[i] else lowest[i]  # a NaN wins, wherever it is
         return lowest
 
-    def _windows(self, readers: Sequence[Reader], texts: Sequence[list[int]]) -> list[float]:
+    def _windows(self, readers: Sequence[Reader], texts: Sequence[QAIds]) -> list[float]:
         scores = {i: readers[i].full[tuple(ids)] for i, ids in enumerate(texts) if tuple(ids) in readers[i].full}
         starts = {i: _shared(readers[i].ids, ids) for i, ids in enumerate(texts) if i not in scores}
         order = sorted(starts, key=lambda i: len(texts[i]) - starts[i])
@@ -92,7 +95,7 @@ class Scoring:
         return [scores[i] for i in range(len(texts))]
 
     @torch.inference_mode()
-    def _read_on(self, readers: Sequence[Reader], starts: Sequence[int], texts: Sequence[list[int]]) -> list[float]:
+    def _read_on(self, readers: Sequence[Reader], starts: Sequence[int], texts: Sequence[QAIds]) -> list[float]:
         """One forward over the tokens after `starts`; the readers then hold their whole texts."""
         device, pad = self._detector.device, self._detector.tokenizer.pad_token_id
         new = [torch.tensor(ids[start:]) for ids, start in zip(texts, starts, strict=True)]
@@ -107,13 +110,11 @@ class Scoring:
             layers = max(len(r.cache) for r in readers)
             for layer in range(layers):
                 past.update(*(_left_padded(readers, starts, layer, side, P) for side in (0, 1)), layer)
-        out = self._detector.model(
-            input_ids=tokens,
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
-            **given(past),
-            use_cache=True,
-        )
+        more: dict[str, Any] = {**given(past), "use_cache": True, "position_ids": positions.to(device)}
+        held = _held(readers, starts, P)
+        if held is not None:
+            more["held"] = held
+        out = self._detector.forward(tokens, mask.to(device), texts, **more)
         scores = self._detector.calibrated(out.logits[:, 0].float().cpu()).tolist()
         for row, (reader, start, ids) in enumerate(zip(readers, starts, texts, strict=True)):
             # A copy: a view would keep the whole batch alive.
@@ -122,6 +123,8 @@ class Scoring:
                  la.values[row, :, P - start : P - start + len(ids)].clone())
                 for la in kept(out).layers
             ]  # fmt: skip
+            if isinstance(out, SectionOutput):
+                reader.states = out.states[row, P - start : P - start + len(ids)].clone()
             reader.ids, reader.used = list(ids), next(self._turns)
             self._readers.add(reader)
             self.tokens_read += len(ids) - start
@@ -134,7 +137,7 @@ class Scoring:
             if tokens <= self._max_cached_tokens:
                 return
             tokens -= len(reader.ids)
-            reader.ids, reader.cache = [], []
+            reader.ids, reader.cache, reader.states = [], [], None
             self._readers.discard(reader)
 
 
@@ -158,12 +161,24 @@ def _left_padded(readers: Sequence[Reader], starts: Sequence[int], layer: int, s
     return out
 
 
+def _held(readers: Sequence[Reader], starts: Sequence[int], length: int) -> Tensor | None:
+    """The states of the first `starts` tokens, [B, P, c], as `_left_padded`; None where none were kept."""
+    example = next((r.states for r in readers if r.states is not None), None)
+    if example is None:
+        return None
+    out = example.new_zeros(len(readers), length, example.shape[1])
+    for row, (reader, start) in enumerate(zip(readers, starts, strict=True)):
+        if reader.states is not None and start:
+            out[row, length - start :] = reader.states[:start]
+    return out
+
+
 @torch.inference_mode()
 def _plain_cache(detector: Detector) -> bool:
     """Whether the model keeps keys and values for every token, and nothing else."""
     cache = DynamicCache()
     ids = torch.tensor([[0, 1]], device=detector.device)
-    out = detector.model(input_ids=ids, **given(cache), use_cache=True)
+    out = detector.model.base_model(input_ids=ids, **given(cache), use_cache=True)
     past = kept(out)
     layers = past.layers if isinstance(past, DynamicCache) else []
     return bool(layers) and all(type(la) is DynamicLayer and la.keys.shape[2] == 2 for la in layers)

@@ -13,9 +13,17 @@ Special tokens written out in a text ("</s>") are plain text: nobody can end his
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+
+class QAIds(list[int]):
+    """Token ids of one text that know where their answer begins: `ids[ids.answer:]`, the template's end included."""
+
+    def __init__(self, ids: Iterable[int], answer: int) -> None:
+        super().__init__(ids)
+        self.answer = answer
 
 
 @dataclass
@@ -52,15 +60,15 @@ class QATemplate:
                 "the answer; set a larger max_length or a smaller max_question"
             )
 
-    def encode(self, question: str, answer: str) -> list[int]:
+    def encode(self, question: str, answer: str) -> QAIds:
         """Token ids, at most `max_length`; what was cut is added to `cuts`."""
         ids, (q0, q1), (a0, a1) = self._pieces(question, answer)
         ids, a0, a1, cut = self._cut_question(ids, q0, q1, a0, a1)
         over = max(0, min(len(ids) - self.max_length, a1 - a0))
         self._count(cut, over)
-        return ids[: a1 - over] + ids[a1:]
+        return QAIds(ids[: a1 - over] + ids[a1:], a0)
 
-    def windows(self, question: str, answer: str) -> list[list[int]]:
+    def windows(self, question: str, answer: str) -> list[QAIds]:
         """As `encode`, but an answer that is too long yields several texts: every token of it is in one of them.
 
         The first window is what `encode` returns.
@@ -70,7 +78,7 @@ class QATemplate:
         room = self.max_length - (len(ids) - (a1 - a0))
         starts = range(a0, max(a1, a0 + 1), room)
         self._count(cut, len(starts) - 1)
-        return [ids[:a0] + ids[at : min(at + room, a1)] + ids[a1:] for at in starts]
+        return [QAIds(ids[:a0] + ids[at : min(at + room, a1)] + ids[a1:], a0) for at in starts]
 
     def _cut_question(self, ids: list[int], q0: int, q1: int, a0: int, a1: int) -> tuple[list[int], int, int, int]:
         cut = max(0, q1 - q0 - self.max_question)

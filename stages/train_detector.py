@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import lightning as L
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,11 +25,13 @@ from datamodules.qa_pairs import Part, QAPair
 from evaluation.detector_metrics import DetectorMetrics, calibrate
 from lightning_modules.detector_losses import DetectorLoss
 from lightning_modules.harm_detector import HarmDetector
-from mllm.backbones import backbone_folder, load_classifier, load_tokenizer
-from mllm.detector import Detector, DetectorSpec
+from mllm.backbones import backbone_folder, load_classifier, load_headless, load_tokenizer
+from mllm.detector import HEAD, Detector, DetectorSpec
 from mllm.frozen_layers import LowerLayers
 from mllm.qa_text import QATemplate
+from mllm.sections import SectionClassifier, SectionHead
 from stages.runs import Run
+from stages.section_bank import section_means
 from stages.text_training import adapted, export, fit, question_parts, steps_of, versions
 from stages.trainers import device_of
 
@@ -60,8 +63,14 @@ def run(cfg: Config, run: Run) -> None:
     pairs = question_parts(cfg)
     template = QATemplate(d.template, tokenizer, d.max_length, d.max_question)
     parts = encoded(pairs, template)
-    model = load_classifier(source, tokenizer, getattr(torch, b.dtype), b.revision).to(device_of(cfg))
-    module = detector_module(cfg, model, parts.train, tokenizer.pad_token_id)
+    dtype = getattr(torch, b.dtype)
+    means: dict[str, Tensor] = {}
+    if d.layers:
+        backbone = load_headless(source, dtype, b.revision).to(device_of(cfg))
+        module, means = section_module(cfg, backbone, parts, tokenizer.pad_token_id)
+    else:
+        model = load_classifier(source, tokenizer, dtype, b.revision).to(device_of(cfg))
+        module = detector_module(cfg, model, parts.train, tokenizer.pad_token_id)
     batches = QuestionBatches(parts.train, d.batch_size, module.steps, cfg.seed, tokenizer.pad_token_id)
     if module.lower is None:
         fit(cfg, stage, module, StepDataModule(batches), module.steps, d.checkpoint_every_steps, d.grad_clip)
@@ -71,8 +80,11 @@ def run(cfg: Config, run: Run) -> None:
     result: dict[str, Any] = {}
     if run.leader:
         folder = stage.folder / "detector"
-        export(module.model, tokenizer, folder, b.path, b.full_finetune)
-        result = calibrated(cfg, folder, parts, facts(cfg, pairs, template))
+        if d.layers:
+            export_head(module.model, tokenizer, folder)
+        else:
+            export(module.model, tokenizer, folder, b.path, b.full_finetune)
+        result = calibrated(cfg, folder, parts, facts(cfg, pairs, template), means)
         result |= {"cuts": asdict(template.cuts), "questions": [len(part) for part in parts]}
         told = ", ".join(f"{name} {result['test'][name]:.3f}" for name in SHOWN if name in result["test"])
         log.info("test questions: %s", told)
@@ -124,6 +136,48 @@ def detector_module(cfg: Config, model: PreTrainedModel, train: Sequence[Questio
     )
 
 
+def section_module(
+    cfg: Config, backbone: PreTrainedModel, parts: Parts, pad_id: int
+) -> tuple[HarmDetector, dict[str, Tensor]]:
+    """The head on section means, and what the frozen backbone makes of all texts: part -> [texts, width].
+
+    Raises:
+        ValueError: detector.layers names a layer that is not there.
+    """
+    d = cfg.detector
+    width = 2 * len(d.layers) * backbone.config.get_text_config().hidden_size
+    head = SectionHead(width, d.hidden, d.dropout)
+    try:
+        model = SectionClassifier(backbone.eval().requires_grad_(False), d.layers, head)
+    except ValueError as error:
+        raise ValueError(f"detector.{error}") from None
+    texts = [ids for part in parts for q in part for ids in q.ids]
+    sizes = [sum(len(q.ids) for q in part) for part in parts]
+    means = dict(
+        zip(parts._fields, section_means(model, texts, pad_id, d.score_batch_size).split(sizes), strict=True)
+    )
+    head.standardise(means["train"])
+    steps = steps_of(d.epochs, len(parts.train), d.batch_size)
+    module = HarmDetector(
+        head.train(),
+        cast(DetectorLoss, d.loss),
+        steps,
+        d.lr,
+        warmup_steps=round(d.warmup * steps),
+        weight_decay=d.weight_decay,
+        harmful_weight=harmful_weight(parts.train) if d.harmful_weight is None else d.harmful_weight,
+        pooled=means["train"],
+    )
+    return module, means
+
+
+def export_head(head: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """The head in float32, and the tokenizer; the backbone is loaded from where it came from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: weight.float().cpu().contiguous() for name, weight in head.state_dict().items()}, folder / HEAD)
+    tokenizer.save_pretrained(folder)
+
+
 def head_of(net: nn.Module) -> list[nn.Parameter]:
     """The trained weights of the layer of one output."""
     return [p for name, p in net.named_parameters() if p.requires_grad and ("score" in name or "classifier" in name)]
@@ -135,13 +189,14 @@ def harmful_weight(train: Sequence[QuestionTexts]) -> float:
     return harmless / max(1, sum(len(q.labels) for q in train) - harmless)
 
 
-def calibrated(cfg: Config, folder: Path, parts: Parts, spec: DetectorSpec) -> dict[str, Any]:
+def calibrated(
+    cfg: Config, folder: Path, parts: Parts, spec: DetectorSpec, means: dict[str, Tensor]
+) -> dict[str, Any]:
     """Writes detector.json: first uncalibrated, so that the folder can be loaded, then with what validation says."""
     spec.save(folder)
     detector = Detector.load(folder, device_of(cfg), getattr(torch, cfg.backbone.dtype))
-    logits = {
-        name: logits_of(detector, getattr(parts, name), cfg.detector.score_batch_size) for name in ("val", "test")
-    }
+    size = cfg.detector.score_batch_size
+    logits = {name: logits_of(detector, getattr(parts, name), size, means.get(name)) for name in ("val", "test")}
     fitted = calibrate(*labelled(logits["val"], parts.val), false_positive_rate=cfg.detector.false_positive_rate)
     spec = replace(spec, **fitted._asdict(), false_positive_rate=cfg.detector.false_positive_rate)
     detector = Detector(detector.model, detector.tokenizer, spec)
@@ -161,21 +216,36 @@ def facts(cfg: Config, pairs: dict[Part, list[QAPair]], template: QATemplate) ->
         "pairs": {part: len(members) for part, members in pairs.items()},
         "backbone": b.name,
     }
+    adapter = bool(cfg.detector.layers) or not b.full_finetune  # of what lies in the folder
     return DetectorSpec(
         template=template.text,
         max_length=template.max_length,
         max_question=template.max_question,
-        base=None if b.full_finetune else b.path,
-        base_revision=None if b.full_finetune else b.revision,
+        base=b.path if adapter else None,
+        base_revision=b.revision if adapter else None,
         loss=cfg.detector.loss,
+        layers=tuple(sorted(cfg.detector.layers)),
+        hidden=cfg.detector.hidden if cfg.detector.layers else 0,
         versions=versions(),
         trained_on=trained_on,
     )
 
 
-def logits_of(detector: Detector, questions: Sequence[QuestionTexts], batch_size: int) -> Tensor:
-    """The model's output for every text of these questions, in order, [N]."""
+def logits_of(
+    detector: Detector, questions: Sequence[QuestionTexts], batch_size: int, means: Tensor | None = None
+) -> Tensor:
+    """The model's output for every text of these questions, in order, [N].
+
+    With section means [N, width] at hand only a batch of the texts is read, to prove that the means are theirs.
+    """
     texts = [ids for q in questions for ids in q.ids]
+    if means is not None:
+        assert isinstance(detector.model, SectionClassifier)
+        with torch.inference_mode():
+            out = detector.model.head(means.to(detector.device))[:, 0].float().cpu()
+        apart = float((detector.logits(texts[:batch_size]) - out[:batch_size]).abs().max())
+        assert apart < 0.05 * max(1.0, float(out.std())), f"logits from kept means are {apart:.2g} apart"
+        return out
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     out = torch.zeros(len(texts))
     with Progress("score", len(texts), "texts") as progress:

@@ -7,20 +7,21 @@ import torch
 
 from datamodules.qa_batches import MOST, Buckets, QuestionBatches, encode_questions
 from datamodules.qa_pairs import Answer, QAPair
+from mllm.qa_text import QAIds
 
 
 def pair(question: str, better: str, worse: str | None, worse_harmless: bool = False) -> QAPair:
     return QAPair(question, Answer(better, True), None if worse is None else Answer(worse, worse_harmless), question)
 
 
-def encode(question: str, answer: str) -> list[int]:
-    return [len(question), *(ord(c) for c in answer)]
+def encode(question: str, answer: str) -> QAIds:
+    return QAIds([len(question), *(ord(c) for c in answer)], 1)
 
 
 def test_an_answer_in_two_pairs_is_encoded_once_and_keeps_both_labels() -> None:
     pairs = [pair("q", "a", "b"), pair("q", "b", "c"), pair("r", "d", None), pair("r", "e", "f", worse_harmless=True)]
     first, second = encode_questions(pairs, encode)
-    assert first.ids == ((1, 97), (1, 98), (1, 99))
+    assert first.ids == ([1, 97], [1, 98], [1, 99])
     assert first.labels == ((0, True), (1, False), (1, True), (2, False))
     assert first.pairs == ((0, 1), (1, 2))
     assert second.labels == ((0, True), (1, True), (2, True))
@@ -29,7 +30,7 @@ def test_an_answer_in_two_pairs_is_encoded_once_and_keeps_both_labels() -> None:
 
 def test_equal_pairs_are_votes_on_one_text() -> None:
     (item,) = encode_questions([pair("q", "a", "b"), pair("q", "c", "b"), pair("q", "a", "b")], encode)
-    assert item.ids == ((1, 97), (1, 98), (1, 99))
+    assert item.ids == ([1, 97], [1, 98], [1, 99])
     assert item.labels == ((0, True), (1, False), (0, True), (1, False), (2, True), (1, False))
     assert item.pairs == ((0, 1), (0, 1), (2, 1))
 

@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
@@ -27,6 +28,7 @@ from transformers import (
 
 from mllm.detector import Detector, DetectorSpec
 from mllm.detoxifier import Detoxifier, DetoxifierSpec
+from mllm.sections import SectionClassifier, SectionHead
 
 MARKER = "xyzzy"
 WORDS = [f"w{n}" for n in range(90)]
@@ -100,6 +102,20 @@ def random_detector(config: PreTrainedConfig | None = None) -> Detector:
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.3)
     return Detector(model, tok, spec(threshold=0.0))
+
+
+def section_detector(config: PreTrainedConfig | None = None) -> Detector:
+    """A random head on section means of a backbone of random weights."""
+    torch.manual_seed(0)
+    tok = tokenizer()
+    config = config or LlamaConfig(max_position_embeddings=1024, **{**SHAPE, "num_hidden_layers": 3})
+    config.vocab_size, config.pad_token_id = len(tok), 0
+    backbone = AutoModel.from_config(config)
+    for parameter in backbone.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    head = SectionHead(4 * SHAPE["hidden_size"], 16)
+    return Detector(SectionClassifier(backbone, [1, 2], head), tok, spec(threshold=0.0, layers=(1, 2), hidden=16))
 
 
 def encoder_detector() -> Detector:

@@ -82,19 +82,6 @@ def test_a_window_that_gives_no_number_makes_the_whole_answer_nan() -> None:
         assert d.score(QUESTIONS[:1], ["cake " * 120]).isnan().all()
 
 
-def test_a_kept_cache_gives_the_score_of_the_whole_text() -> None:
-    d = detector()
-    assert d.causal
-    ids = d.encode(QUESTIONS[0], ANSWERS[1])
-    score, cache = d.extend(ids[:7])
-    assert score == pytest.approx(d.score_ids([ids[:7]]).item(), abs=1e-5)
-    for at in range(7, len(ids), 4):
-        score, cache = d.extend(ids[at : at + 4], cache)
-        assert score == pytest.approx(d.score_ids([ids[: at + 4]]).item(), abs=1e-5)
-    cache.crop(7 - len(ids))
-    assert d.extend(ids[7:], cache)[0] == pytest.approx(d.score_ids([ids]).item(), abs=1e-5)
-
-
 def test_a_detector_saved_whole_loads_with_the_same_scores(tmp_path: Path) -> None:
     d = detector(threshold=0.3, temperature=1.7, bias=-0.2, false_positive_rate=0.05)
     d.model.save_pretrained(tmp_path)

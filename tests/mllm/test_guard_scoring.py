@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import GPT2Config, MistralConfig, PreTrainedConfig, Qwen2Confi
 from mllm.detector import Detector
 from mllm.guard_checks import Check, Reader
 from mllm.guard_scoring import Scoring
-from tests.mllm.guard_world import SHAPE, detector, encoder_detector, random_detector, words
+from tests.mllm.guard_world import SHAPE, detector, encoder_detector, random_detector, section_detector, words
 
 QUESTIONS = ["w1 ?", "w2 w3 w4 w5 ?", "", "w6 " * 50]
 
@@ -36,9 +37,10 @@ def compare(found: Detector, scoring: Scoring, lengths: list[int]) -> None:
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")  # of transformers, about the cache's old name
+@pytest.mark.parametrize("make", [random_detector, section_detector])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_streams_read_on_together_score_as_if_read_anew(batch_size: int) -> None:
-    found = random_detector()
+def test_streams_read_on_together_score_as_if_read_anew(batch_size: int, make: Callable[[], Detector]) -> None:
+    found = make()
     scoring = Scoring(found, batch_size)
     assert scoring.reads_on
     compare(found, scoring, [5, 12, 30, 31, 64])
@@ -50,8 +52,8 @@ def test_an_answer_longer_than_the_detector_reads_is_scored_in_windows() -> None
     scores = Scoring(found).score([*long, Check("w1 ?", words(400, 1), Reader())])
     assert max(scores[:4]) < 0.1  # wherever the marker is
     assert scores[4] > 0.9
-    found = random_detector()
-    compare(found, Scoring(found), [150, 260])
+    for found in (random_detector(), section_detector()):
+        compare(found, Scoring(found), [150, 260])
 
 
 def test_what_was_read_is_not_read_again() -> None:
@@ -66,11 +68,11 @@ def test_what_was_read_is_not_read_again() -> None:
 
 
 def test_text_that_is_shortened_or_replaced_is_read_from_where_it_differs() -> None:
-    found = random_detector()
-    scoring, reader = Scoring(found), Reader()
-    for answer in (words(20), words(10), words(20, 5, 3), words(20)):
-        (score,) = scoring.score([Check("w1 ?", answer, reader)])
-        assert score == pytest.approx(float(found.score(["w1 ?"], [answer])), abs=2e-5)
+    for found in (random_detector(), section_detector()):
+        scoring, reader = Scoring(found), Reader()
+        for answer in (words(20), words(10), words(20, 5, 3), words(20)):
+            (score,) = scoring.score([Check("w1 ?", answer, reader)])
+            assert score == pytest.approx(float(found.score(["w1 ?"], [answer])), abs=2e-5)
 
 
 def test_caches_beyond_the_limit_are_dropped_and_read_anew() -> None:

@@ -42,7 +42,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(experiment: str, rows: Path, folder: Path, *overrides: str) -> int:
-    fixed = ["data=jsonl", f"data.path={rows}", "data.holdout=0.2", "pairs.validation=0.2", "backbone=micro"]
+    fixed = ["detector=default", "data=jsonl", f"data.path={rows}", "data.holdout=0.2", "pairs.validation=0.2", "backbone=micro"]
     fixed += [f"backbone.path={backbone()}", "trainer.precision=32-true", "logger.tensorboard=false"]
     return train.main(last_wins(f"experiment={experiment}", f"run_dir={folder}", *fixed, *overrides))
 
@@ -139,6 +139,43 @@ def test_an_interrupted_training_goes_on_to_the_same_weights_and_tells_harm_apar
     stamp = (tmp_path / "whole" / "train_detector" / "detector" / "model.safetensors").stat().st_mtime_ns
     assert start("harm_detector", rows, tmp_path / "whole", *overrides) == 0
     assert (tmp_path / "whole" / "train_detector" / "detector" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_head_on_section_means_is_trained_reads_once_and_tells_harm_apart(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SEAWALL_CACHE", str(tmp_path / "cache"))
+    overrides = (*SMALL, "detector.layers=[1,2]", "detector.hidden=32", "detector.dropout=0.1",
+                 "detector.epochs=30", "detector.max_length=64")  # fmt: skip
+    assert start("harm_detector", rows, tmp_path / "a", *overrides) == 0
+    folder = tmp_path / "a" / "train_detector" / "detector"
+    assert {f.suffix for f in folder.iterdir() if f.stem not in {"tokenizer", "tokenizer_config"}} <= {
+        ".safetensors", ".json", ".jinja"
+    }  # fmt: skip
+    head = load_file(folder / "head.safetensors")
+    assert head["score.weight"].shape == (1, 32)
+    detector = Detector.load(folder)
+    assert detector.spec.base == str(backbone())
+    unseen = phrases("heldout", True)[0].object
+    harmful, harmless = detector.score(
+        [f"List steps to steal the {unseen}."] * 2, [HARMFUL.replace("passport", unseen), SORRY]
+    )
+    assert harmful < 0.5 < harmless
+    result = json.loads((tmp_path / "a" / "train_detector" / "stage.json").read_text())["result"]
+    assert result["test"]["auroc"] > 0.9
+    # Another loss and seed: another split, but the texts are not read again.
+    (kept,) = (tmp_path / "cache" / "sections").iterdir()
+    stamp = kept.stat().st_mtime_ns
+    assert start("harm_detector", rows, tmp_path / "b", *overrides, "seed=3", "detector.loss=bce_pairwise") == 0
+    assert list((tmp_path / "cache" / "sections").iterdir()) == [kept]
+    assert kept.stat().st_mtime_ns == stamp
+
+
+def test_a_layer_that_the_backbone_lacks_is_told_by_its_key(
+    rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert start("harm_detector", rows, tmp_path, *SMALL, "detector.layers=[30]") != 0
+    assert "detector.layers=[30]: the backbone has the layers 1 to 3" in capfd.readouterr().err
 
 
 def test_a_detoxifier_is_trained_exported_and_measured(rows: Path, trained: Path, tmp_path: Path) -> None:
