@@ -42,11 +42,12 @@ format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## embeddings per second against the plain reading of the paper
+bench: $(STAMP) ## embeddings per second against the plain reading of the paper, then what the guard costs
 	$(BIN)/python scripts/bench/synthesis.py $(ARGS)
+	$(MAKE) bench-guard
 
 bench-guard: $(STAMP) ## cost of the guard's scoring, and 200 concurrent streams (DETECTOR=DIR)
-	$(BIN)/python scripts/bench/guard.py smol_llava --backbone minilm $(ARGS)
+	$(BIN)/python scripts/bench/guard.py smol_llava --backbone smollm2 --layers 15 20 $(ARGS)
 	$(if $(DETECTOR),$(BIN)/python scripts/bench/guard_server.py --detector $(DETECTOR))
 
 golden: $(STAMP) ## compare short seeded runs with the recorded losses (ARGS=--write records them anew)
@@ -59,7 +60,7 @@ smol: $(STAMP) ## fetch the small real language model and put a tower before it
 minilm: $(STAMP) ## fetch the small real sentence encoder
 	$(BIN)/python -m mllm.minilm $(ARGS)
 
-detector: minilm ## train the harm detector on SafeRLHF, into runs/harm_detector/default
+detector: smol ## train the harm detector on SafeRLHF, into runs/harm_detector/default
 	$(BIN)/python train.py experiment=harm_detector run=default $(ARGS)
 
 clean: ## remove caches and build files (runs and the environment stay)

@@ -26,12 +26,14 @@ def check(cfg: Config, paths: bool = True) -> None:
     for leaf in leaves(cfg):
         _check_leaf(leaf)
     if cfg.run is not None:
-        check_run_name(cfg.run)
+        check_folder_name("run", cfg.run, "; for a path use run_dir")
     if not cfg.stages:
         raise ValueError(f"stages: got an empty list, expected one or more of {', '.join(STAGES)}")
     cfg.stages = [stage for stage in STAGES if stage in cfg.stages]
     if cfg.protector.source:
         _leave_out_training(cfg)
+    for name in cfg.variants:
+        check_folder_name("variants", name)
     for name in cfg.align.variants:
         if name not in cfg.variants:
             raise ValueError(f"align.variants: got {name!r}, {nearest(name, cfg.variants)}")
@@ -45,17 +47,17 @@ def check(cfg: Config, paths: bool = True) -> None:
         _check_paths(cfg)
 
 
-def check_run_name(name: str) -> None:
-    """Raises ValueError unless `name` is that of one folder: a run stays below its experiment."""
+def check_folder_name(key: str, name: str, hint: str = "") -> None:
+    """Raises ValueError unless `name` is that of one folder: nothing leads out of where runs and variants belong."""
     if not re.fullmatch(r"[\w@+=,-][\w.@+=,-]*", name):
-        raise ValueError(
-            f"run: got {name!r}, expected a folder name (letters, digits, . _ - +); for a path use run_dir"
-        )
+        raise ValueError(f"{key}: got {name!r}, expected a folder name (letters, digits, . _ - +){hint}")
 
 
 def _check_api(key: str, api: Api) -> None:
     """A configuration is saved and logged, so no key may slip into it. The messages do not repeat what was given."""
-    if api.key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", api.key_env):
+    name = api.key_env
+    looks_like_a_key = len(name) >= 20 and re.search(r"[a-z]", name) and re.search(r"[0-9]", name)
+    if name and (looks_like_a_key or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)):
         raise ValueError(f"{key}.key_env: expected the NAME of an environment variable, never the key itself")
     if "@" in urlsplit(api.base_url).netloc:
         raise ValueError(f"{key}.base_url: holds a user or password; put the key into the variable of {key}.key_env")

@@ -1,4 +1,4 @@
-"""A detector's head on the *means* of a backbone's middle layers: one over the question's tokens, one over the answer's.
+"""A detector's head on *means* of a backbone's middle layers: one over the question's tokens, one over the answer's.
 
     x     = [mean of h_l over the question, mean of h_l over the answer, for each layer l], standardised
     logit = w2 . gelu(W1 x + b1) + b2                                      a linear layer of ONE output at the end

@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from configs.check import check_run_name
+from configs.check import check_folder_name
 from configs.schema import Config
 from datamodules.durable import sync_folder
 from stages import ranks
@@ -28,7 +28,7 @@ def choose(cfg: Config, leader: bool) -> Path:
     base = Path("runs").resolve() / cfg.experiment
     name = cfg.run if cfg.run is not None else ranks.slurm_job()
     if name is not None:
-        check_run_name(name)
+        check_folder_name("run", name)
         return base / name
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ValueError("torchrun starts several processes that must agree on a place: set run=NAME or run_dir=PATH")

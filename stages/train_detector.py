@@ -153,9 +153,7 @@ def section_module(
         raise ValueError(f"detector.{error}") from None
     texts = [ids for part in parts for q in part for ids in q.ids]
     sizes = [sum(len(q.ids) for q in part) for part in parts]
-    means = dict(
-        zip(parts._fields, section_means(model, texts, pad_id, d.score_batch_size).split(sizes), strict=True)
-    )
+    means = dict(zip(parts._fields, section_means(model, texts, pad_id, d.score_batch_size).split(sizes), strict=True))
     head.standardise(means["train"])
     steps = steps_of(d.epochs, len(parts.train), d.batch_size)
     module = HarmDetector(
@@ -189,9 +187,7 @@ def harmful_weight(train: Sequence[QuestionTexts]) -> float:
     return harmless / max(1, sum(len(q.labels) for q in train) - harmless)
 
 
-def calibrated(
-    cfg: Config, folder: Path, parts: Parts, spec: DetectorSpec, means: dict[str, Tensor]
-) -> dict[str, Any]:
+def calibrated(cfg: Config, folder: Path, parts: Parts, spec: DetectorSpec, means: dict[str, Tensor]) -> dict[str, Any]:
     """Writes detector.json: first uncalibrated, so that the folder can be loaded, then with what validation says."""
     spec.save(folder)
     detector = Detector.load(folder, device_of(cfg), getattr(torch, cfg.backbone.dtype))

@@ -1,6 +1,7 @@
 """What the guard costs on benign traffic, as a share of generation time, and against the released procedure.
 
-    python scripts/bench/guard.py [micro_llava|smol_llava] [--detector DIR | --backbone micro|minilm|smollm2]
+    python scripts/bench/guard.py [micro_llava|smol_llava]
+        [--detector DIR | --backbone micro|minilm|smollm2 [--layers 15 20]]
         [--answers 64] [--batch 16] [--released 4] [--max-new-tokens 64] [--threads 2]
 
 One run, the same questions, images and answers on every side, in alternating rounds, so that a machine whose speed
@@ -8,7 +9,8 @@ drifts favours nobody:
     guard      answers generated `--batch` at a time, scored by `Guard.check`
     released   the public code of MLLM-Protector: one sample at a time through everything (`--released` of each batch)
     streaming  the answers scored sentence by sentence, reading on from the cache, against re-reading from the start
-Without --detector the backbone gets a fresh head: what scoring costs does not depend on the weights.
+Without --detector the backbone gets a fresh head, on section means of `--layers` if they are given: what scoring costs
+does not depend on the weights.
 """
 
 from __future__ import annotations
@@ -22,18 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configs.compose import compose
 from datamodules.benchmarks import BenchmarkPrompt, open_media
 from datamodules.micro_benchmark import micro_benchmark
-from mllm.backbones import backbone_folder, load_classifier, load_tokenizer
+from mllm.backbones import backbone_folder, load_classifier, load_headless, load_tokenizer
 from mllm.detector import Detector, DetectorSpec
 from mllm.generate import answer
 from mllm.guard import Guard
 from mllm.guard_segments import Segmenter
 from mllm.loading import MLLM, load
+from mllm.sections import SectionClassifier, SectionHead
 from stages.trainers import quieten
 
 
@@ -52,12 +56,17 @@ class Clock:
         return result
 
 
-def untrained(backbone: str) -> Detector:
+def untrained(backbone: str, layers: list[int]) -> Detector:
     """Flags nothing (threshold 0): benign traffic."""
     torch.manual_seed(0)
     folder = backbone_folder(backbone)
     tokenizer = load_tokenizer(folder)
-    model = load_classifier(folder, tokenizer, torch.float32)
+    model: PreTrainedModel | SectionClassifier
+    if layers:
+        bare = load_headless(folder, torch.float32)
+        model = SectionClassifier(bare, layers, SectionHead(2 * len(layers) * bare.config.hidden_size, 512))
+    else:
+        model = load_classifier(folder, tokenizer, torch.float32)
     return Detector(model, tokenizer, DetectorSpec(threshold=0.0, max_length=256, max_question=64))
 
 
@@ -96,6 +105,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="micro_llava")
     parser.add_argument("--detector", type=Path)
     parser.add_argument("--backbone", default="micro")
+    parser.add_argument("--layers", type=int, nargs="*", default=[])
     parser.add_argument("--answers", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--released", type=int, default=4, help="answers of each batch done one at a time")
@@ -107,7 +117,7 @@ def main() -> None:
     quieten()
     cfg = compose(["experiment=sea_image", f"model={args.model}"]).config
     mllm = load(cfg.model)
-    detector = Detector.load(args.detector) if args.detector else untrained(args.backbone)
+    detector = Detector.load(args.detector) if args.detector else untrained(args.backbone, args.layers)
     guard = Guard(detector, batch_size=args.batch)
     benign = [p for p in micro_benchmark(cfg.model.prompts) if p.request == "benign" and p.media is not None]
     benign = benign[: args.answers - args.answers % args.batch]
@@ -131,14 +141,13 @@ def main() -> None:
         clock.measure("stream, re-reading", lambda q=questions[0], t=long: reread(guard, q, t))
     n, singles = len(benign), args.released * len(benign) // args.batch
     ratios = {kind: _ratios(s, n / singles) for kind, s in (("wall", clock.wall), ("cpu", clock.cpu))}
+    read = str(args.detector or " ".join([args.backbone, *map(str, args.layers)]))
     record = {
-        "work": "guard", "model": args.model, "detector": str(args.detector or args.backbone), "batch": args.batch,
+        "work": "guard", "model": args.model, "detector": read, "batch": args.batch,
         "answers": n, "threads": args.threads, "wall": clock.wall, "cpu": clock.cpu, "ratios": ratios,
         "byte_identical": passed / n,
     }  # fmt: skip
-    print(
-        f"model {args.model}, detector {record['detector']}, batch {args.batch}, {args.threads} threads, CPU, float32"
-    )
+    print(f"model {args.model}, detector {read}, batch {args.batch}, {args.threads} threads, CPU, float32")
     print(f"{n} benign answers of {tokens / n:.0f} tokens, byte-identical {passed / n:.1%}; streaming: {checks} checks")
     for kind, r in ratios.items():
         print(

@@ -90,6 +90,7 @@ def test_saved_configuration_is_complete_and_loads_back() -> None:
         ),
         ("run=a/b", r"run: got 'a/b', expected a folder name"),
         ("run=../../x", r"run: got '\.\./\.\./x', expected a folder name"),
+        ("+variants={../x: {method: dpo, data: sea}}", r"variants: got '\.\./x', expected a folder name"),
         ("run_dir=a=b", r"run_dir=a=b: cannot be read .*quote"),
         ("~synthesis.lr", r"synthesis\.lr"),
     ],
@@ -204,10 +205,10 @@ def test_missing_data_file_is_named(tmp_path: Path) -> None:
 
 
 def test_key_in_place_of_its_variable_is_refused_without_being_repeated() -> None:
-    secret = "sk-" + "abc123"
-    message = refusal(f"judge.api.key_env={secret}")
-    assert "judge.api.key_env: expected the NAME" in message
-    assert secret not in message
+    for secret in ("sk-" + "abc123", "sk_live_" + "abc123" * 4):
+        message = refusal(f"judge.api.key_env={secret}")
+        assert "judge.api.key_env: expected the NAME" in message
+        assert secret not in message
     message = refusal("judge.api.base_url='http://user:hunter2@host/v1'")
     assert "judge.api.base_url" in message
     assert "hunter2" not in message

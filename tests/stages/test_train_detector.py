@@ -42,7 +42,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(experiment: str, rows: Path, folder: Path, *overrides: str) -> int:
-    fixed = ["detector=default", "data=jsonl", f"data.path={rows}", "data.holdout=0.2", "pairs.validation=0.2", "backbone=micro"]
+    fixed = [
+        "detector=default",
+        "data=jsonl",
+        f"data.path={rows}",
+        "data.holdout=0.2",
+        "pairs.validation=0.2",
+        "backbone=micro",
+    ]
     fixed += [f"backbone.path={backbone()}", "trainer.precision=32-true", "logger.tensorboard=false"]
     return train.main(last_wins(f"experiment={experiment}", f"run_dir={folder}", *fixed, *overrides))
 
