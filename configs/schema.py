@@ -312,6 +312,7 @@ class DetectorTraining:
     )
     hidden: int = doc("width of the head on those means", 512, low=1)
     dropout: float = doc("dropout in the head on those means", 0.5, low=0, high=0.95)
+    folds: int = doc("calibrate that head by scores of so many heads, each for questions unknown to it", 5, low=2)
     cache_frozen: bool = doc("compute the output of frozen layers once", True)
     false_positive_rate: float = doc("share of harmless answers that the threshold may flag", 0.05, low=0, high=0.5)
     checkpoint_every_steps: int = doc("steps between checkpoints", 50, low=1, free=True)

@@ -39,11 +39,13 @@ class QuestionTexts:
 
     ids: of each distinct answer. labels: (index of the text, harmless), one for each answer of each pair, so a text in
     two pairs counts twice. pairs: (index of the harmless, index of the harmful answer), where a pair has both.
+    group: what is never divided between training and test.
     """
 
     ids: tuple[QAIds, ...]
     labels: tuple[tuple[int, bool], ...]
     pairs: tuple[tuple[int, int], ...]
+    group: str = ""
 
     @property
     def length(self) -> int:
@@ -75,7 +77,7 @@ def encode_questions(pairs: Sequence[QAPair], encode: Callable[[str, str], QAIds
         votes = by_question.setdefault((pair.group, pair.question), Counter())
         votes[replace(pair, source="")] += 1
     out = []
-    for (_, question), votes in by_question.items():
+    for (group, question), votes in by_question.items():
         for members in batched(votes.items(), MOST):
             texts = list(dict.fromkeys(a.text for p, _ in members for a in p.answers))
             at = {text: i for i, text in enumerate(texts)}
@@ -87,7 +89,7 @@ def encode_questions(pairs: Sequence[QAPair], encode: Callable[[str, str], QAIds
                 if p.worse is not None and p.contrast
             ]
             ids = tuple(encode(question, text) for text in texts)
-            out.append(QuestionTexts(ids, tuple(labels), tuple(preferred)))
+            out.append(QuestionTexts(ids, tuple(labels), tuple(preferred), group))
     return out
 
 

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11))
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES)
     parser.add_argument("overrides", nargs="*")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     folder = args.folder.resolve()
     found = {loss: [trained(folder, loss, seed, args.overrides) for seed in range(args.seeds)] for loss in args.losses}
     print("| loss | " + " | ".join(METRICS) + " | seconds |")

@@ -137,7 +137,7 @@ def work(
     by_id = {r.id: r for r in records}
     keep = StoreEmbeddings(store, cfg.model.path, cfg.model.revision, settings_hash(run))
     resume = SlotCheckpoint(stage.folder, cfg.synthesis.checkpoint_every_steps)
-    once = {"max_epochs": 1, "enable_checkpointing": False}
+    once: dict[str, Any] = {"max_epochs": 1, "enable_checkpointing": False}
     fit = trainer(cfg, stage.folder, "synthesize", [resume, keep], SeparateRanks, **once)
     rank, world = fit.global_rank, fit.world_size
     missing, unverified = plan.share(rank, world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from callbacks.training_progress import TrainingProgress
 from configs.schema import Config, Lora
 from datamodules.micro_pairs import micro_parts
+from datamodules.qa_batches import QuestionTexts
 from datamodules.qa_pairs import Answer, Part, QAPair, read_pairs, require, split_pairs
 from mllm.frozen_layers import freeze_lower
 from stages.runs import Stage
@@ -74,6 +76,12 @@ def adapted(model: PreTrainedModel, cfg: Config, lora: Lora, task: str) -> nn.Mo
     return get_peft_model(model, config)
 
 
+def harmful_weight(train: Sequence[QuestionTexts]) -> float:
+    """Harmless labels for each harmful one."""
+    harmless = sum(label for q in train for _, label in q.labels)
+    return harmless / max(1, sum(len(q.labels) for q in train) - harmless)
+
+
 def steps_of(epochs: float, items: int, batch_size: int) -> int:
     """Optimiser steps of so many passes; one at least."""
     return max(1, math.ceil(epochs * items / min(batch_size, items)))
@@ -87,15 +95,20 @@ def fit(
     steps: int,
     every: int,
     clip: float,
+    part: str = "",
 ) -> None:
-    """Trains, or continues from the last checkpoint of an interrupted attempt."""
-    folder = stage.folder / "checkpoints"
+    """Trains, or continues from the last checkpoint of an interrupted attempt.
+
+    A `part` of a stage has checkpoints of its own, and no loggers: they would show several curves as one.
+    """
+    folder = stage.folder / "checkpoints" / part.replace(" ", "_")
     checkpoint = ModelCheckpoint(folder, filename="last", every_n_train_steps=every, enable_version_counter=False)
     fitting = trainer(
         cfg,
         stage.folder,
         stage.name,
-        [checkpoint, TrainingProgress(stage.name)],
+        [checkpoint, TrainingProgress(part or stage.name)],
+        logged=not part,
         max_steps=steps,
         max_epochs=-1,
         gradient_clip_val=clip or None,

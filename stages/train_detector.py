@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -29,10 +30,10 @@ from mllm.backbones import backbone_folder, load_classifier, load_headless, load
 from mllm.detector import HEAD, Detector, DetectorSpec
 from mllm.frozen_layers import LowerLayers
 from mllm.qa_text import QATemplate
-from mllm.sections import SectionClassifier, SectionHead
-from stages.runs import Run
-from stages.section_bank import section_means
-from stages.text_training import adapted, export, fit, question_parts, steps_of, versions
+from mllm.sections import SectionClassifier
+from stages.runs import Run, Stage
+from stages.section_training import logits, train_head
+from stages.text_training import adapted, export, fit, harmful_weight, question_parts, steps_of, versions
 from stages.trainers import device_of
 
 log = logging.getLogger(__name__)
@@ -64,27 +65,26 @@ def run(cfg: Config, run: Run) -> None:
     template = QATemplate(d.template, tokenizer, d.max_length, d.max_question)
     parts = encoded(pairs, template)
     dtype = getattr(torch, b.dtype)
-    means: dict[str, Tensor] = {}
     if d.layers:
         backbone = load_headless(source, dtype, b.revision).to(device_of(cfg))
-        module, means = section_module(cfg, backbone, parts, tokenizer.pad_token_id)
+        found = train_head(cfg, stage, backbone, parts.train + parts.val, parts.test, tokenizer.pad_token_id)
     else:
         model = load_classifier(source, tokenizer, dtype, b.revision).to(device_of(cfg))
-        module = detector_module(cfg, model, parts.train, tokenizer.pad_token_id)
-    batches = QuestionBatches(parts.train, d.batch_size, module.steps, cfg.seed, tokenizer.pad_token_id)
-    if module.lower is None:
-        fit(cfg, stage, module, StepDataModule(batches), module.steps, d.checkpoint_every_steps, d.grad_clip)
-    else:
-        with module.lower.replaced():
-            fit(cfg, stage, module, StepDataModule(batches), module.steps, d.checkpoint_every_steps, d.grad_clip)
+        module = train_classifier(cfg, stage, model, parts.train, tokenizer.pad_token_id)
     result: dict[str, Any] = {}
     if run.leader:
         folder = stage.folder / "detector"
         if d.layers:
-            export_head(module.model, tokenizer, folder)
+            export_head(found.head, tokenizer, folder)
+            detector = written(cfg, folder, facts(cfg, pairs, template))
+            unseen = found.questions, found.unseen_N
+            test = parts.test, head_logits(detector, parts.test, found.means_M)
         else:
             export(module.model, tokenizer, folder, b.path, b.full_finetune)
-        result = calibrated(cfg, folder, parts, facts(cfg, pairs, template), means)
+            detector = written(cfg, folder, facts(cfg, pairs, template))
+            unseen = parts.val, logits_of(detector, parts.val, d.score_batch_size)
+            test = parts.test, logits_of(detector, parts.test, d.score_batch_size)
+        result = calibrated(cfg, folder, detector, unseen, test)
         result |= {"cuts": asdict(template.cuts), "questions": [len(part) for part in parts]}
         told = ", ".join(f"{name} {result['test'][name]:.3f}" for name in SHOWN if name in result["test"])
         log.info("test questions: %s", told)
@@ -103,6 +103,18 @@ def encoded(pairs: dict[Part, list[QAPair]], template: QATemplate) -> Parts:
         cuts.answers,
     )
     return parts
+
+
+def train_classifier(
+    cfg: Config, stage: Stage, model: PreTrainedModel, train: Sequence[QuestionTexts], pad_id: int
+) -> HarmDetector:
+    """LoRA, or all weights above the frozen layers."""
+    d = cfg.detector
+    module = detector_module(cfg, model, train, pad_id)
+    batches = StepDataModule(QuestionBatches(train, d.batch_size, module.steps, cfg.seed, pad_id))
+    with nullcontext() if module.lower is None else module.lower.replaced():
+        fit(cfg, stage, module, batches, module.steps, d.checkpoint_every_steps, d.grad_clip)
+    return module
 
 
 def detector_module(cfg: Config, model: PreTrainedModel, train: Sequence[QuestionTexts], pad_id: int) -> HarmDetector:
@@ -136,39 +148,6 @@ def detector_module(cfg: Config, model: PreTrainedModel, train: Sequence[Questio
     )
 
 
-def section_module(
-    cfg: Config, backbone: PreTrainedModel, parts: Parts, pad_id: int
-) -> tuple[HarmDetector, dict[str, Tensor]]:
-    """The head on section means, and what the frozen backbone makes of all texts: part -> [texts, width].
-
-    Raises:
-        ValueError: detector.layers names a layer that is not there.
-    """
-    d = cfg.detector
-    width = 2 * len(d.layers) * backbone.config.get_text_config().hidden_size
-    head = SectionHead(width, d.hidden, d.dropout)
-    try:
-        model = SectionClassifier(backbone.eval().requires_grad_(False), d.layers, head)
-    except ValueError as error:
-        raise ValueError(f"detector.{error}") from None
-    texts = [ids for part in parts for q in part for ids in q.ids]
-    sizes = [sum(len(q.ids) for q in part) for part in parts]
-    means = dict(zip(parts._fields, section_means(model, texts, pad_id, d.score_batch_size).split(sizes), strict=True))
-    head.standardise(means["train"])
-    steps = steps_of(d.epochs, len(parts.train), d.batch_size)
-    module = HarmDetector(
-        head.train(),
-        cast(DetectorLoss, d.loss),
-        steps,
-        d.lr,
-        warmup_steps=round(d.warmup * steps),
-        weight_decay=d.weight_decay,
-        harmful_weight=harmful_weight(parts.train) if d.harmful_weight is None else d.harmful_weight,
-        pooled=means["train"],
-    )
-    return module, means
-
-
 def export_head(head: nn.Module, tokenizer: Any, folder: Path) -> None:
     """The head in float32, and the tokenizer; the backbone is loaded from where it came from."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,23 +160,28 @@ def head_of(net: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in net.named_parameters() if p.requires_grad and ("score" in name or "classifier" in name)]
 
 
-def harmful_weight(train: Sequence[QuestionTexts]) -> float:
-    """Harmless labels for each harmful one."""
-    harmless = sum(label for q in train for _, label in q.labels)
-    return harmless / max(1, sum(len(q.labels) for q in train) - harmless)
-
-
-def calibrated(cfg: Config, folder: Path, parts: Parts, spec: DetectorSpec, means: dict[str, Tensor]) -> dict[str, Any]:
-    """Writes detector.json: first uncalibrated, so that the folder can be loaded, then with what validation says."""
+def written(cfg: Config, folder: Path, spec: DetectorSpec) -> Detector:
+    """detector.json before calibration, and what is then loaded from the folder: the code that users run."""
     spec.save(folder)
-    detector = Detector.load(folder, device_of(cfg), getattr(torch, cfg.backbone.dtype))
-    size = cfg.detector.score_batch_size
-    logits = {name: logits_of(detector, getattr(parts, name), size, means.get(name)) for name in ("val", "test")}
-    fitted = calibrate(*labelled(logits["val"], parts.val), false_positive_rate=cfg.detector.false_positive_rate)
-    spec = replace(spec, **fitted._asdict(), false_positive_rate=cfg.detector.false_positive_rate)
+    return Detector.load(folder, device_of(cfg), getattr(torch, cfg.backbone.dtype))
+
+
+Scored = tuple[Sequence[QuestionTexts], Tensor]
+"""Questions, and the logit of each of their texts, [N]."""
+
+
+def calibrated(cfg: Config, folder: Path, detector: Detector, val: Scored, test: Scored) -> dict[str, Any]:
+    """Calibration and threshold by questions that the detector did not learn from; metrics; all of it in detector.json.
+
+    `val` decides, `test` is measured on.
+    """
+    rate = cfg.detector.false_positive_rate
+    fitted = calibrate(*labelled(val[1], val[0]), false_positive_rate=rate)
+    spec = replace(detector.spec, **fitted._asdict(), false_positive_rate=rate)
     detector = Detector(detector.model, detector.tokenizer, spec)
     metrics = {
-        name: measured(detector.calibrated(logits[name]), getattr(parts, name), spec.threshold) for name in logits
+        name: measured(detector.calibrated(logits), questions, spec.threshold)
+        for name, (questions, logits) in (("val", val), ("test", test))
     }
     replace(spec, metrics=metrics).save(folder)
     return {**metrics, **fitted._asdict()}
@@ -227,21 +211,9 @@ def facts(cfg: Config, pairs: dict[Part, list[QAPair]], template: QATemplate) ->
     )
 
 
-def logits_of(
-    detector: Detector, questions: Sequence[QuestionTexts], batch_size: int, means: Tensor | None = None
-) -> Tensor:
-    """The model's output for every text of these questions, in order, [N].
-
-    With section means [N, width] at hand only a batch of the texts is read, to prove that the means are theirs.
-    """
+def logits_of(detector: Detector, questions: Sequence[QuestionTexts], batch_size: int) -> Tensor:
+    """The model's output for every text of these questions, in order, [N]."""
     texts = [ids for q in questions for ids in q.ids]
-    if means is not None:
-        assert isinstance(detector.model, SectionClassifier)
-        with torch.inference_mode():
-            out = detector.model.head(means.to(detector.device))[:, 0].float().cpu()
-        apart = float((detector.logits(texts[:batch_size]) - out[:batch_size]).abs().max())
-        assert apart < 0.05 * max(1.0, float(out.std())), f"logits from kept means are {apart:.2g} apart"
-        return out
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     out = torch.zeros(len(texts))
     with Progress("score", len(texts), "texts") as progress:
@@ -249,6 +221,16 @@ def logits_of(
             part = order[at : at + batch_size]
             out[part] = detector.logits([texts[i] for i in part])
             progress.advance(len(part))
+    return out
+
+
+def head_logits(detector: Detector, questions: Sequence[QuestionTexts], means_N: Tensor) -> Tensor:
+    """As `logits_of`, by means that are at hand; the first texts are read too, to prove that the means are theirs."""
+    assert isinstance(detector.model, SectionClassifier)
+    out = logits(detector.model.head, means_N)
+    first = [ids for q in questions for ids in q.ids][:16]
+    apart = float((detector.logits(first) - out[: len(first)]).abs().max())
+    assert apart < 0.05 * max(1.0, float(out.std())), f"logits by kept means are {apart:.2g} apart"
     return out
 
 

@@ -108,12 +108,14 @@ def trainer(
     name: str,
     callbacks: Sequence[L.Callback],
     together: type[DDPStrategy] | None = None,
+    logged: bool = True,
     **arguments: Any,
 ) -> L.Trainer:
     """A trainer that knows its rank and the number of ranks; `fit` starts the other processes.
 
     Args:
         together: of stages/strategies.py, in place of plain DDP where there are several processes.
+        logged: with the loggers of the configuration.
         arguments: go to `lightning.Trainer` as they are (max_steps, max_epochs, ...).
     """
     quieten()
@@ -127,7 +129,7 @@ def trainer(
         precision=precision_of(cfg),  # type: ignore[arg-type]
         deterministic=t.deterministic,
         log_every_n_steps=t.log_every_n_steps,
-        logger=loggers(cfg, folder, name),
+        logger=loggers(cfg, folder, name) if logged else False,
         callbacks=[*callbacks, *([Throughput()] if cfg.callbacks.throughput else [])],
         plugins=[AtomicCheckpoints()],
         enable_progress_bar=False,
