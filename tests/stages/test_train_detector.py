@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import train
 from configs.compose import last_wins
@@ -163,6 +163,15 @@ def test_a_head_on_section_means_is_trained_reads_once_and_tells_harm_apart(
     assert head["score.weight"].shape == (1, 32)
     detector = Detector.load(folder)
     assert detector.spec.base == str(backbone())
+    # Without this package, as docs/detector.md has it.
+    ids = detector.encode(QUESTION, HARMFUL)
+    h = AutoModel.from_pretrained(backbone())(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    x = torch.cat([h[1], h[2]], -1)[0]
+    x = torch.cat([x[: ids.answer].mean(0), x[ids.answer :].mean(0)])
+    x = torch.nn.functional.gelu(head["inner.weight"] @ ((x - head["mean"]) / head["deviation"]) + head["inner.bias"])
+    logit = (head["score.weight"] @ x + head["score.bias"]).item()
+    expected = torch.sigmoid(torch.tensor(logit / detector.spec.temperature + detector.spec.bias)).item()
+    assert detector.score([QUESTION], [HARMFUL]).item() == pytest.approx(expected, abs=1e-5)
     unseen = phrases("heldout", True)[0].object
     harmful, harmless = detector.score(
         [f"List steps to steal the {unseen}."] * 2, [HARMFUL.replace("passport", unseen), SORRY]
