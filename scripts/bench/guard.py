@@ -1,7 +1,7 @@
 """What the guard costs on benign traffic, as a share of generation time, and against the released procedure.
 
     python scripts/bench/guard.py [micro_llava|smol_llava]
-        [--detector DIR | --backbone micro|minilm|smollm2 [--layers 15 20]]
+        [--detector DIR | --backbone micro|minilm|smollm2 [--layers 15 20]] [--dtype bfloat16]
         [--answers 64] [--batch 16] [--released 4] [--max-new-tokens 64] [--threads 2]
 
 One run, the same questions, images and answers on every side, in alternating rounds, so that a machine whose speed
@@ -56,17 +56,17 @@ class Clock:
         return result
 
 
-def untrained(backbone: str, layers: list[int]) -> Detector:
+def untrained(backbone: str, layers: list[int], dtype: torch.dtype) -> Detector:
     """Flags nothing (threshold 0): benign traffic."""
     torch.manual_seed(0)
     folder = backbone_folder(backbone)
     tokenizer = load_tokenizer(folder)
     model: PreTrainedModel | SectionClassifier
     if layers:
-        bare = load_headless(folder, torch.float32)
+        bare = load_headless(folder, dtype)
         model = SectionClassifier(bare, layers, SectionHead(2 * len(layers) * bare.config.hidden_size, 512))
     else:
-        model = load_classifier(folder, tokenizer, torch.float32)
+        model = load_classifier(folder, tokenizer, dtype)
     return Detector(model, tokenizer, DetectorSpec(threshold=0.0, max_length=256, max_question=64))
 
 
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="micro_llava")
     parser.add_argument("--detector", type=Path)
     parser.add_argument("--backbone", default="micro")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the detector")
     parser.add_argument("--layers", type=int, nargs="*", default=[])
     parser.add_argument("--answers", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
@@ -117,7 +118,10 @@ def main() -> None:
     quieten()
     cfg = compose(["experiment=sea_image", f"model={args.model}"]).config
     mllm = load(cfg.model)
-    detector = Detector.load(args.detector) if args.detector else untrained(args.backbone, args.layers)
+    dtype = getattr(torch, args.dtype)
+    detector = (
+        Detector.load(args.detector, dtype=dtype) if args.detector else untrained(args.backbone, args.layers, dtype)
+    )
     guard = Guard(detector, batch_size=args.batch)
     benign = [p for p in micro_benchmark(cfg.model.prompts) if p.request == "benign" and p.media is not None]
     benign = benign[: args.answers - args.answers % args.batch]
@@ -147,7 +151,9 @@ def main() -> None:
         "answers": n, "threads": args.threads, "wall": clock.wall, "cpu": clock.cpu, "ratios": ratios,
         "byte_identical": passed / n,
     }  # fmt: skip
-    print(f"model {args.model}, detector {read}, batch {args.batch}, {args.threads} threads, CPU, float32")
+    print(
+        f"model {args.model}, detector {read}, batch {args.batch}, {args.threads} threads, CPU, float32, detector {args.dtype}"
+    )
     print(f"{n} benign answers of {tokens / n:.0f} tokens, byte-identical {passed / n:.1%}; streaming: {checks} checks")
     for kind, r in ratios.items():
         print(
