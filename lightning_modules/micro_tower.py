@@ -78,7 +78,8 @@ class MicroTower(L.LightningModule):
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         local, whole = self(batch)
-        loss, logs = torch.zeros((), device=local.device), {}
+        loss = torch.zeros((), device=local.device)
+        logs: dict[str, torch.Tensor] = {}
         for label in self.local:
             logits, target = self.heads[label.name](local), batch[label.name]
             each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight=self.class_weight(label))

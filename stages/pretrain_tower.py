@@ -34,7 +34,7 @@ def run(cfg: Config, run: Run) -> None:
     module = MicroTower(
         tower,
         made.states,
-        tower.config.hidden_size,  # type: ignore[union-attr]
+        tower.config.hidden_size,  # type: ignore[union-attr, arg-type]
         medium.local,
         caption_sizes(medium),
         total_steps=p.tower_steps,
