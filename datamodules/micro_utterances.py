@@ -115,7 +115,9 @@ class Utterances(IterableDataset[Batch]):
         spoken = iter(synthesize_all([said for said in asked if said is not None], RATE))
         clips, labels = [], []
         for said, style in zip(asked, styles, strict=True):
-            speech = Speech(np.zeros(0, np.float32), RATE, ()) if said is None else whole_words(next(spoken), frames * HOP)
+            speech = (
+                Speech(np.zeros(0, np.float32), RATE, ()) if said is None else whole_words(next(spoken), frames * HOP)
+            )
             setting = place(speech, rng, frames * HOP)
             name = STYLES[style] if style < len(STYLES) else NORMAL_STYLE
             clip = record(speech, name, setting, rng, frames * HOP)
@@ -137,7 +139,7 @@ class Utterances(IterableDataset[Batch]):
 def draw_utterance(
     rng: random.Random, style: str, voices: Sequence[str], samples: int, phrases: bool
 ) -> tuple[tuple[int, int], Utterance | None]:
-    """((first, object) of the whole clip, what is said): nothing, words in any order that fill the clip, or a phrase."""
+    """((first, object) of the whole clip, what is said): nothing, a row of words, or a phrase."""
     kind = rng.random()
     if kind < 0.04:
         return (len(FIRST_WORDS), len(OBJECTS)), None
