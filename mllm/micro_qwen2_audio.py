@@ -1,19 +1,26 @@
-"""The blueprint of the embedded audio model: a genuine Qwen2-Audio architecture of 0.9 M parameters, random weights.
+"""The blueprint of the embedded audio model: a genuine Qwen2-Audio architecture of 0.9 M parameters.
 
 A Whisper-like tower of four layers over 64 mel bands (20 ms a frame, 80 ms an audio token), the ordinary linear
-projector, a three-layer Qwen2, a word-level tokenizer. Clips of up to 5 s: 62 audio tokens. `experiment=
-pretrain_micro_audio` trains it; the trained weights ship in assets/ and load with plain `from_pretrained`.
+projector, a three-layer Qwen2, a word-level tokenizer. Clips of up to 5 s: 62 audio tokens.
+`experiment=pretrain_micro_audio` trains it; the trained weights ship in assets/ and load with plain `from_pretrained`.
+
+The tower starts at random. The language model starts from the embedded image model, as Qwen2-Audio started from a
+Qwen that could talk: the micro world has the same words in every medium, and the towers put them into the same codes
+(lightning_modules/micro_tower.py), so that what is left to learn is little.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
     PreTrainedModel,
     Qwen2AudioConfig,
     Qwen2AudioEncoderConfig,
@@ -27,6 +34,12 @@ from transformers.models.whisper.modeling_whisper import sinusoids
 from mllm.micro_tokenizer import chat_template, word_tokenizer
 
 RATE, SECONDS, HOP, MELS, WIDTH = 16000, 5, 320, 64, 96  # Hz, s, samples, bands, d
+DONOR = Path(__file__).resolve().parent.parent / "assets" / "micro_llava"
+# Words of the audio model, and the image model's in whose place they come: the placeholder, the senses, the styles.
+RENAMED = {
+    "<|AUDIO|>": "<image>", "audio": "image", "hear": "see", "repeat": "read",
+    "slow": "dark", "quick": "bright", "distant": "neon", "telephone": "sepia",
+}  # fmt: skip
 FRAMES = SECONDS * RATE // HOP  # mel frames of a full clip; the tower has half as many positions, the LLM a quarter
 SPECIAL = (
     "<pad>", "<bos>", "<eos>", "<unk>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<user>", "<assistant>",
@@ -55,10 +68,9 @@ def build_processor(vocabulary: Iterable[str]) -> Qwen2AudioProcessor:
 
 
 def build_model(processor: Qwen2AudioProcessor) -> Qwen2AudioForConditionalGeneration:
-    """Random weights; seed torch before.
+    """A random tower before the image model's language model; seed torch before.
 
-    As in the image model they start large, the projector as an isometry (docs/LOG.md). The table of positions is drawn
-    at random by the library and never trained: it gets the sinusoids that Whisper has.
+    The table of positions is drawn at random by the library and never trained: it gets the sinusoids of Whisper.
     """
     ids = processor.tokenizer.get_vocab()
     tower = Qwen2AudioEncoderConfig(
@@ -84,11 +96,8 @@ def build_model(processor: Qwen2AudioProcessor) -> Qwen2AudioForConditionalGener
     )
     config = Qwen2AudioConfig(audio_config=tower, text_config=text, audio_token_index=ids["<|AUDIO|>"])
     model = Qwen2AudioForConditionalGeneration(config)
-    projector = model.model.multi_modal_projector.linear
-    nn.init.orthogonal_(projector.weight, 0.1)
-    nn.init.zeros_(projector.bias)
+    start_from_images(model, ids)
     with torch.no_grad():
-        model.lm_head.weight.normal_(std=text.initializer_range)
         # Audio tokens are as large as the captions they shall carry (lightning_modules/micro_tower.py): a norm's weight
         # moves by no more than the learning rate a step.
         model.model.audio_tower.layer_norm.weight.fill_(6.0)
@@ -97,6 +106,30 @@ def build_model(processor: Qwen2AudioProcessor) -> Qwen2AudioForConditionalGener
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(model.generation_config, key, getattr(text, key))
     return model
+
+
+@torch.no_grad()
+def start_from_images(model: Qwen2AudioForConditionalGeneration, ids: Mapping[str, int]) -> None:
+    """Copies the image model's language model, word by word, and the best linear fit of its projector."""
+    donor = LlavaForConditionalGeneration.from_pretrained(DONOR, use_safetensors=True).model
+    known = AutoTokenizer.from_pretrained(DONOR).get_vocab()
+    text, weights = model.model.language_model, donor.language_model.state_dict()
+    words = weights.pop("embed_tokens.weight")
+    missing, unexpected = text.load_state_dict(weights, strict=False)
+    assert not unexpected, unexpected
+    for name, weight in text.named_parameters():
+        if name in missing and name.endswith(".bias"):  # Qwen has biases where Llama has none
+            weight.zero_()
+    for word, row in ids.items():
+        if (old := known.get(RENAMED.get(word, word))) is not None:
+            text.embed_tokens.weight[row] = words[old]
+    model.lm_head.weight.copy_(text.embed_tokens.weight)  # the image model's are tied
+    E = 6.0 * torch.randn(4096, WIDTH)  # as large as the towers' outputs
+    wanted = donor.multi_modal_projector(E)
+    fitted = torch.linalg.lstsq(torch.cat([E, torch.ones(len(E), 1)], 1), wanted).solution
+    projector = model.model.multi_modal_projector.linear
+    projector.weight.copy_(fitted[:-1].T)
+    projector.bias.copy_(fitted[-1])
 
 
 def tower(model: Qwen2AudioForConditionalGeneration) -> PreTrainedModel:
