@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import sinusoids
 
+from mllm.micro_codes import like_captions
 from mllm.micro_tokenizer import chat_template, word_tokenizer
 
 RATE, SECONDS, HOP, MELS, WIDTH = 16000, 5, 320, 64, 96  # Hz, s, samples, bands, d
@@ -124,7 +125,7 @@ def start_from_images(model: Qwen2AudioForConditionalGeneration, ids: Mapping[st
         if (old := known.get(RENAMED.get(word, word))) is not None:
             text.embed_tokens.weight[row] = words[old]
     model.lm_head.weight.copy_(text.embed_tokens.weight)  # the image model's are tied
-    E = 6.0 * torch.randn(4096, WIDTH)  # as large as the towers' outputs
+    E = like_captions(4096, WIDTH)
     wanted = donor.multi_modal_projector(E)
     fitted = torch.linalg.lstsq(torch.cat([E, torch.ones(len(E), 1)], 1), wanted).solution
     projector = model.model.multi_modal_projector.linear
