@@ -61,8 +61,10 @@ class MicroMedium(Protocol):
     def blanks(self, n: int) -> list[Any]:
         """`n` different media that show nothing; the first need not be the blank of `model.blank_*`."""
 
-    def tower_data(self, batch_size: int, total_steps: int, seed: int, num_workers: int) -> L.LightningDataModule:
-        """Batches for the tower, a pure function of (seed, step): a dictionary of tensors with
+    def tower_data(
+        self, batch_size: int, total_steps: int, seed: int, num_workers: int, start: int = 0
+    ) -> L.LightningDataModule:
+        """Batches for the tower from step `start` on, a pure function of (seed, step): a dictionary of tensors with
 
         - what the blueprint's `states` reads (pixels, features),
         - every label of `local`,

@@ -102,9 +102,11 @@ class Pages(IterableDataset[Batch]):
 
 
 class PagesDataModule(L.LightningDataModule):
-    def __init__(self, batch_size: int = 48, total_steps: int = 3000, seed: int = 0, num_workers: int = 1) -> None:
+    def __init__(
+        self, batch_size: int = 48, total_steps: int = 3000, seed: int = 0, num_workers: int = 1, start: int = 0
+    ) -> None:
         super().__init__()
-        self.pages, self.num_workers = Pages(batch_size, total_steps, seed), num_workers
+        self.pages, self.num_workers = Pages(batch_size, total_steps, seed, start), num_workers
 
     def train_dataloader(self) -> DataLoader[Batch]:
         # A single worker: two would each draw the whole stream.
@@ -127,8 +129,10 @@ class DrawnWords:
         """Greys."""
         return [Image.fromarray(np.full((SIDE, SIDE, 3), int(g), np.uint8)) for g in np.linspace(1, 255, n)]
 
-    def tower_data(self, batch_size: int, total_steps: int, seed: int, num_workers: int) -> PagesDataModule:
-        return PagesDataModule(batch_size, total_steps, seed, num_workers)
+    def tower_data(
+        self, batch_size: int, total_steps: int, seed: int, num_workers: int, start: int = 0
+    ) -> PagesDataModule:
+        return PagesDataModule(batch_size, total_steps, seed, num_workers, start)
 
     def tower_inputs(self, media: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         return {"pixels": to_pixels([np.asarray(image) for image in media])}

@@ -160,9 +160,11 @@ def whole_words(speech: Speech, samples: int) -> Speech:
 
 
 class UtterancesDataModule(L.LightningDataModule):
-    def __init__(self, batch_size: int = 48, total_steps: int = 1500, seed: int = 0, num_workers: int = 1) -> None:
+    def __init__(
+        self, batch_size: int = 48, total_steps: int = 1500, seed: int = 0, num_workers: int = 1, start: int = 0
+    ) -> None:
         super().__init__()
-        self.utterances, self.num_workers = Utterances(batch_size, total_steps, seed), num_workers
+        self.utterances, self.num_workers = Utterances(batch_size, total_steps, seed, start), num_workers
 
     def train_dataloader(self) -> DataLoader[Batch]:
         # A single worker: two would each draw the whole stream.
@@ -191,8 +193,10 @@ class SpokenWords:
         levels = [0.0, *np.logspace(-4, -1, n - 1)]
         return [(level * each).clip(-1, 1).astype(np.float32) for level, each in zip(levels, noise, strict=True)]
 
-    def tower_data(self, batch_size: int, total_steps: int, seed: int, num_workers: int) -> UtterancesDataModule:
-        return UtterancesDataModule(batch_size, total_steps, seed, num_workers)
+    def tower_data(
+        self, batch_size: int, total_steps: int, seed: int, num_workers: int, start: int = 0
+    ) -> UtterancesDataModule:
+        return UtterancesDataModule(batch_size, total_steps, seed, num_workers, start)
 
     def tower_inputs(self, media: Sequence[np.ndarray]) -> Batch:
         return features_of(media)

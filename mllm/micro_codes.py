@@ -1,4 +1,4 @@
-"""The space into which every embedded model's tower puts what it sees or hears: offset + a code for each word and style.
+"""Where every embedded model's tower puts what it sees or hears: an offset, and a code for each word and style.
 
 lightning_modules/micro_tower.py trains towers to it; a language model that reads one tower's output can start from one
 that reads another's (mllm/micro_qwen2_audio.py).
