@@ -98,6 +98,8 @@ class Model:
     processor: dict[str, Any] = doc("settings of the processor, e.g. {do_image_splitting: false}", {})
     make: str | None = doc("command that makes the checkpoint when it is missing, shown in the error", free=True)
     prompts: Prompts = group(Prompts, "questions, targets and prefixes")
+    blank_seconds: float = doc("audio: length of the silence that E starts from (s)", 10.0, low=0.1)
+    max_seconds: float | None = doc("audio: longest clip that the model takes (s); a longer one is an error", low=0.1)
 
 
 @dataclass
@@ -459,6 +461,8 @@ class Pretrain:
     robust_lr: float = doc("peak learning rate of the robust phase", 1.5e-3, low=0)
     robust_style_steps: int = doc("first steps of the robust phase, about the style alone", 120, low=0)
     num_workers: int = doc("loader processes that draw pages", 1, low=0, high=1, free=True)
+    tower_init: str | None = doc("safetensors of a tower to go on from; null: random weights")
+    tower_begin: float = doc("share of tower_steps that it has behind it", 0.0, low=0, high=0.99)
 
 
 @dataclass
