@@ -152,7 +152,8 @@ def main() -> None:
         "byte_identical": passed / n,
     }  # fmt: skip
     print(
-        f"model {args.model}, detector {read}, batch {args.batch}, {args.threads} threads, CPU, float32, detector {args.dtype}"
+        f"model {args.model}, float32; detector {read}, {args.dtype}; "
+        f"batch {args.batch}, {args.threads} threads, CPU"
     )
     print(f"{n} benign answers of {tokens / n:.0f} tokens, byte-identical {passed / n:.1%}; streaming: {checks} checks")
     for kind, r in ratios.items():
