@@ -38,6 +38,8 @@ def check(cfg: Config, paths: bool = True) -> None:
     for name in cfg.evaluate.variants or []:
         if name not in ("base", *cfg.variants):
             raise ValueError(f"evaluate.variants: got {name!r}, {nearest(name, ['base', *cfg.variants])}")
+    if cfg.media.frames is not None and cfg.media.fps is not None:
+        raise ValueError("media.frames and media.fps are both set: one of them says which frames are taken")
     _check_api("concepts.api", cfg.concepts.api)
     _check_api("judge.api", cfg.judge.api)
     _check_api("generator.api", cfg.generator.api)

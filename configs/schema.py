@@ -191,8 +191,8 @@ class Real:
 
     path: str | None = doc("JSONL file, a row for each medium (docs/real-media.md); null: no real media")
     limit: int | None = doc("rows to take, from the top; null takes all", low=1)
-    bad_rows: str = doc("a row or a picture that cannot be used", "stop", choices=("stop", "skip"))
-    resize: bool = doc("scale every picture to model.blank_size first", False)
+    bad_rows: str = doc("a row or a medium that cannot be used", "stop", choices=("stop", "skip"))
+    resize: bool = doc("scale every picture or frame to the blank's size first; audio: silence to its length", False)
     batch_size: int = doc("media encoded at once", 32, low=1, free=True)
 
 
@@ -456,6 +456,18 @@ class Pretrain:
 
 
 @dataclass
+class Media:
+    """How video and audio files are read, and what is too much: a hostile file must not be able to eat the memory."""
+
+    frames: int | None = doc("video: frames taken, evenly spaced; null: fps, else as many as the blank has", low=1)
+    fps: float | None = doc("video: frames taken of each second, in place of frames", low=0.01)
+    resample: bool = doc("audio: bring another sample rate to the model's; false: an error that names the file", False)
+    max_seconds: float = doc("longest clip (s)", 120.0, low=0.1)
+    max_pixels: int = doc("largest picture or frame (pixels)", 89_478_485, low=1)
+    max_megabytes: float = doc("largest file, and largest decoded clip", 1024.0, low=0.001)
+
+
+@dataclass
 class Config:
     """The whole configuration of one run."""
 
@@ -487,3 +499,4 @@ class Config:
     trainer: Trainer = group(Trainer, "where it runs")
     logger: Logger = group(Logger, "where metrics go")
     callbacks: Callbacks = group(Callbacks, "what is observed")
+    media: Media = group(Media, "how video and audio files are read")

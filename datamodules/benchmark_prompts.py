@@ -10,11 +10,11 @@ import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
-from datamodules.pictures import decode
+from datamodules.media_files import MediaRules, model_input, open_medium
 
 Request = Literal["harmful", "benign", "reading"]
 
@@ -24,8 +24,9 @@ class BenchmarkPrompt:
     """One question to a model. `id` is unique over every benchmark and task, and stable over runs.
 
     `request`: "harmful" (should be refused), "benign" (should be answered) or "reading" (is the medium read?).
-    `media`: an image in memory, a file that `open_media` opens when its turn comes, or None for a question of text
-    alone.
+    `text`: may be empty where the medium says everything (a spoken request).
+    `media`: a medium in memory as the processor takes it (a picture, frames, samples), a file that `open_media` opens
+    when its turn comes, or None for a question of text alone.
     `expected`: reading: the phrase that must appear in the answer; benign: the phrase that an answer on topic names.
     `asked`: the whole request in words, where the medium says a part of it: what a judge of question and answer is
     shown in place of `text`.
@@ -37,24 +38,25 @@ class BenchmarkPrompt:
     scenario: str
     request: Request
     text: str
-    media: Path | Image.Image | None
+    media: Any
     expected: str | None = None
     asked: str | None = None
 
 
-def open_media(prompt: BenchmarkPrompt) -> Image.Image | None:
-    """The prompt's image, decoded and in RGB; None for text alone.
+def open_media(prompt: BenchmarkPrompt, rules: MediaRules | None = None) -> Any:
+    """The prompt's medium as the model's processor takes it (datamodules/media_files.py); None for text alone.
 
-    Raises ValueError naming the file if it is missing, cut short or no image.
+    Raises ValueError naming the file if it is missing, damaged or against the rules (default: a picture of any size).
     """
-    if prompt.media is None or isinstance(prompt.media, Image.Image):
+    if not isinstance(prompt.media, Path):
         return prompt.media
+    rules = rules or MediaRules("image")
+    if not prompt.media.is_file():
+        raise ValueError(f"{prompt.media}: no such {rules.modality} (prompt {prompt.id})")
     try:
-        return decode(prompt.media.read_bytes())
-    except FileNotFoundError as error:
-        raise ValueError(f"{prompt.media}: no such image (prompt {prompt.id})") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{prompt.media}: {error}; prompt {prompt.id} needs it: fetch the file again") from error
+        return model_input(open_medium(prompt.media, rules))
+    except ValueError as error:
+        raise ValueError(f"{error}; prompt {prompt.id} needs it") from error
 
 
 def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:

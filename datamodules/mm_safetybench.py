@@ -104,7 +104,7 @@ def read_mm_safetybench(root: str | Path, tasks: Sequence[str] = tuple(TASKS)) -
             id = f"mm_safetybench/{name}/{question.scenario}/{question.id}"
             text = question.text(task.key)
             prompts.append(
-                BenchmarkPrompt(id, "mm_safetybench", name, scenario, "harmful", text, image, None, asked)
+                BenchmarkPrompt(id, "mm_safetybench", name, scenario, "harmful", text, image, asked=asked)
             )
     return unique(prompts, root / QUESTIONS)
 

@@ -32,6 +32,7 @@ from stages import source_run
 from stages.align import adapter_path
 from stages.guarding import guard_answers, guard_facts
 from stages.judging import make_judge
+from stages.media import media_keys, media_rules
 from stages.runs import Run
 from stages.synthesize import loss_curve
 from stages.trainers import device_of
@@ -44,7 +45,7 @@ def run(cfg: Config, run: Run) -> None:
     if not run.leader:  # one process answers, judges and reports; the others are done
         return
     variants = cfg.evaluate.variants or ["base", *cfg.align.variants]
-    made_from, after = run.settings("seed", "model", "evaluate"), [f"align/{v}" for v in variants if v != "base"]
+    made_from, after = run.settings("seed", "model", "evaluate", *media_keys(cfg)), [f"align/{v}" for v in variants if v != "base"]
     source = None if cfg.protector.source is None else Path(cfg.protector.source)
     if source is not None:  # the adapters of another run
         made_from, after = made_from | source_run.adapters(run, source, variants), []
@@ -127,13 +128,14 @@ def generate(
         spec = dataclasses.replace(spec, system_prompt=cfg.evaluate.system_prompt)
     mllm = load(spec, device_of(cfg))
     model = adapted(mllm, trained, variant)
+    rules = media_rules(cfg, mllm)
     groups = [[p for p in todo if (p.media is None) == text] for text in (True, False)]
     with Progress(f"evaluate {variant}", len(prompts), "answers", done=len(prompts) - len(todo)) as progress:
         for group in groups:
             group.sort(key=lambda p: len(p.text))
             for at in range(0, len(group), cfg.evaluate.batch_size):
                 batch = group[at : at + cfg.evaluate.batch_size]
-                media = None if batch[0].media is None else [open_media(p) for p in batch]
+                media = None if batch[0].media is None else [open_media(p, rules) for p in batch]
                 answers = answer(mllm, [p.text for p in batch], media, cfg.evaluate.max_new_tokens, model)
                 generations.append(batch, answers)
                 progress.advance(len(batch))
