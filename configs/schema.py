@@ -24,6 +24,17 @@ STAGES = (
 )
 """Known stages, in the order in which they run; `stages/<name>.py` holds each one's `run(cfg, run)`."""
 
+BENCHMARKS: dict[str, str | None] = {
+    "micro": None,
+    "figstep": "figstep",
+    "xstest": "xstest",
+    "mm_safetybench": "mm_safetybench",
+    "va_safetybench_video": "va_safetybench",
+    "va_safetybench_audio": "va_safetybench",
+    "folder": "folder",
+}
+"""Name in `evaluate.benchmarks` -> the key of `evaluate` that says where it lies; None: drawn, it lies nowhere."""
+
 REQUIRED = "???"
 """Default of a key that a group file or the command line must set."""
 
@@ -365,14 +376,22 @@ class Generator:
 class Evaluate:
     """Benchmarks, generation and what is judged (the judge has its own group)."""
 
-    benchmarks: list[str] = doc("which benchmarks", ["micro"], choices=("micro", "figstep", "xstest"))
-    variants: list[str] | None = doc("base and aligned variants to evaluate; null: base and all of align.variants")
+    benchmarks: list[str] = doc("which benchmarks", ["micro"], choices=tuple(BENCHMARKS))
+    variants: list[str] | None = doc("what to evaluate; null: base, all of align.variants, all of evaluate.adapters")
     limit: int | None = doc("prompts of each benchmark, drawn by the seed; null takes all", low=1)
     batch_size: int = doc("prompts at once", 64, low=1, free=True)
     max_new_tokens: int = doc("longest answer (tokens)", 64, low=1)
     system_prompt: str | None = doc("system message in place of model.system_prompt")
     figstep: str = doc("folder of FigStep (safebench.csv, images/)", "../shared/data/figstep")
     xstest: str = doc("CSV of XSTest's prompts, or its folder", "../shared/data/xstest/xstest_prompts.csv")
+    mm_safetybench: str = doc(
+        "folder of MM-SafetyBench (processed_questions/, imgs/)", "../shared/data/mm_safetybench"
+    )
+    va_safetybench: str = doc("folder of VA-SafetyBench (its questions, Video/, Audio/)", "../shared/data/va_safetybench")
+    folder: str | None = doc("folder of your own media with prompts.csv, or such a file (docs/benchmarks.md)")
+    tasks: list[str] | None = doc("tasks to ask, where a benchmark has several; null takes all")
+    scenarios: list[str] | None = doc("scenarios to ask, by their names in the report; null takes all")
+    adapters: dict[str, str] = doc("more to evaluate: name: folder of a PEFT adapter for the model", {}, free=True)
 
 
 @dataclass
@@ -397,6 +416,10 @@ class Judge:
     batch_size: int = doc("local: answers at once", 8, low=1, free=True)
     with_question: bool = doc("local, api: judge question and answer, not the answer alone", False)
     api: Api = group(Api, "api: endpoint")
+    both: bool = doc("local, api: judge a second time the other way (with_question); the report has both", False)
+    price_in: float | None = doc("api: price of a million tokens that the judge reads", low=0, free=True)
+    price_out: float | None = doc("api: price of a million tokens that the judge writes", low=0, free=True)
+    max_cost: float | None = doc("api: most that one start may spend; needs both prices", low=0, free=True)
 
 
 @dataclass

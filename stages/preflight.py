@@ -16,6 +16,7 @@ from datamodules.media_records import read_media_records
 from datamodules.raw_rows import read_rows
 from datamodules.records import Record
 from datamodules.sources import safety_records, text_safety_data
+from stages.benchmark_prompts import benchmark_prompts
 from stages.runs import read_record
 from stages.trainers import device_of
 
@@ -33,6 +34,8 @@ def preflight(cfg: Config) -> None:
         if cfg.data.format != "micro" and Path(cfg.data.path or "").exists():
             _check_data(cfg)
         _check_pairs(cfg)
+        if "evaluate" in cfg.stages and cfg.evaluate.benchmarks != ["micro"]:
+            benchmark_prompts(cfg)  # opens no medium
     except ConfigError:
         raise
     except ValueError as error:
