@@ -95,8 +95,11 @@ class BenchmarkFolder:
         file = self.path / item.path
         return row is not None and row["made_from"] == item.made_from and _size(file) == row["bytes"]
 
-    def make(self, items: Sequence[Item], maker: Maker, title: str = "build") -> list[Row]:
+    def make(self, items: Sequence[Item], maker: Maker, title: str = "build", here: bool = False) -> list[Row]:
         """Makes what is missing; returns the rows of all items, in their order.
+
+        Args:
+            here: in this process, one after another: for a maker that holds a model.
 
         Raises:
             ValueError: some files could not be made (all others are); tells how many, and the first with its reason.
@@ -108,7 +111,7 @@ class BenchmarkFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
         failed = []
         with self._progress(title, len(items), len(items) - len(todo)) as progress, self._journal() as journal:
-            for item, outcome in self._each(partial(_make, self.path, maker), todo):
+            for item, outcome in self._each(partial(_make, self.path, maker), todo, 1 if here else self.workers):
                 if isinstance(outcome, str):
                     failed.append(f"{item.path}: {outcome}")
                 else:
@@ -127,17 +130,19 @@ class BenchmarkFolder:
         rows = list(self.rows.values())
         wrong = []
         with self._progress(title, len(rows), 0) as progress:
-            for _, outcome in self._each(partial(check_row, self.path), rows):
+            for _, outcome in self._each(partial(check_row, self.path), rows, self.workers):
                 wrong += [outcome] if outcome else []
                 progress.advance()
         return sorted(wrong)
 
-    def _each(self, work: Callable[[Any], Any], things: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-        if self.workers <= 1 or len(things) < 2:
+    def _each(
+        self, work: Callable[[Any], Any], things: Sequence[Any], workers: int
+    ) -> Iterator[tuple[Any, Any]]:
+        if workers <= 1 or len(things) < 2:
             for thing in things:
                 yield thing, work(thing)
             return
-        with _pool(min(self.workers, len(things))) as pool:
+        with _pool(min(workers, len(things))) as pool:
             running: dict[Future[Any], Any] = {pool.submit(work, thing): thing for thing in things}
             for future in as_completed(running):
                 yield running[future], future.result()
