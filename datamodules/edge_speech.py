@@ -18,7 +18,7 @@ USUAL_PITCH = 50
 """espeak's middle on its scale of 0 to 99; the service wants a change in Hz, here one for each step."""
 
 
-def synthesize_online(text: str, voice: str, speed: float, pitch: float) -> AudioClip:
+def synthesize_online(text: str, voice: str, speed: int, pitch: int) -> AudioClip:
     """The text spoken by `voice` (`edge-tts --list-voices` names them), at the service's own rate (24 kHz).
 
     Args:
@@ -32,7 +32,7 @@ def synthesize_online(text: str, voice: str, speed: float, pitch: float) -> Audi
         import edge_tts
     except ImportError as error:
         raise ValueError("build.speech=edge needs edge-tts: pip install seawall[edge]") from error
-    rate, shift = f"{round(100 * (speed / USUAL_SPEED - 1)):+d}%", f"{round(pitch - USUAL_PITCH):+d}Hz"
+    rate, shift = f"{round(100 * (speed / USUAL_SPEED - 1)):+d}%", f"{pitch - USUAL_PITCH:+d}Hz"
 
     async def receive() -> bytes:
         parts = [

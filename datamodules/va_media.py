@@ -81,8 +81,8 @@ def spoken(recipe: Mapping[str, Any]) -> AudioClip:
     if recipe["engine"] == "espeak":
         from datamodules.speech import synthesize
 
-        samples, rate = synthesize(recipe["text"], voice, speed, pitch)
-        clip = AudioClip(samples, rate)
+        speech = synthesize(recipe["text"], voice, speed, pitch)
+        clip = AudioClip(speech.samples, speech.rate)
     else:
         from datamodules.edge_speech import synthesize_online
 
