@@ -50,6 +50,7 @@ def check(cfg: Config, paths: bool = True) -> None:
     _check_api("concepts.api", cfg.concepts.api)
     _check_api("judge.api", cfg.judge.api)
     _check_api("generator.api", cfg.generator.api)
+    _check_api("build.scenes.api", cfg.build.scenes.api)
     if paths:
         _check_paths(cfg)
 
@@ -114,6 +115,8 @@ def _check_paths(cfg: Config) -> None:
         raise ValueError("data.path is not set; set it to a data set of the hub: data.path=OWNER/NAME")
     if cfg.real.path or "encode" in cfg.stages:
         cfg.real.path = _existing("real.path", cfg.real.path)
+    if "build_benchmark" in cfg.stages:
+        cfg.build.source = _existing("build.source", cfg.build.source)
     if "evaluate" in cfg.stages:
         _check_evaluate_paths(cfg.evaluate)
         _check_protector(cfg.protector)

@@ -20,6 +20,7 @@ STAGES = (
     "train_detector",
     "train_detoxifier",
     "generate_pairs",
+    "build_benchmark",
     "evaluate",
 )
 """Known stages, in the order in which they run; `stages/<name>.py` holds each one's `run(cfg, run)`."""
@@ -109,6 +110,8 @@ class Model:
     processor: dict[str, Any] = doc("settings of the processor, e.g. {do_image_splitting: false}", {})
     make: str | None = doc("command that makes the checkpoint when it is missing, shown in the error", free=True)
     prompts: Prompts = group(Prompts, "questions, targets and prefixes")
+    blank_seconds: float = doc("audio: length of the silence that E starts from (s)", 10.0, low=0.1)
+    max_seconds: float | None = doc("audio: longest clip that the model takes (s); a longer one is an error", low=0.1)
 
 
 @dataclass
@@ -491,6 +494,70 @@ class Media:
 
 
 @dataclass
+class Scenes:
+    """What the clips of DM show: a description of each phrase, by a language model or from a file."""
+
+    source: str = doc("who describes", "api", choices=("api", "local", "file"))
+    path: str | None = doc("file: JSON, {scenario/id: text}; local: smollm2, or folder or hub id of a chat model")
+    max_new_tokens: int = doc("local: longest description (tokens)", 96, low=8)
+    api: Api = group(Api, "api: endpoint")
+
+
+@dataclass
+class Pipeline:
+    """A pipeline of `diffusers` that makes clips or pictures from texts."""
+
+    path: str | None = doc("folder or hub id of the pipeline (safetensors)")
+    revision: str | None = doc("hub revision (a commit hash)")
+    dtype: str = doc("dtype of the weights", "float32", choices=("float32", "bfloat16", "float16"))
+    frames: int | None = doc("frames that it makes, spread over the clip's seconds; null: one for every frame", low=1)
+    size: list[int] | None = doc("width, height that it makes (px), scaled to build.size; null: build.size")
+    steps: int = doc("denoising steps", 50, low=1)
+    guidance: float = doc("guidance scale", 6.0, low=0)
+    arguments: dict[str, Any] = doc("further arguments of the pipeline's call, e.g. {negative_prompt: blurry}", {})
+
+
+@dataclass
+class Build:
+    """A benchmark's media, made here (stage `build_benchmark`)."""
+
+    benchmark: str = doc(
+        "which benchmark",
+        "va_safetybench_video",
+        choices=("va_safetybench_video", "va_safetybench_audio", "figstep"),
+    )
+    source: str = doc("folder with its questions", "../shared/data/va_safetybench")
+    path: str | None = doc("folder to build in; null: build_benchmark/data in the run directory")
+    tasks: list[str] | None = doc("tasks to build; null: all but those that need a pipeline that is not set")
+    scenarios: list[str] | None = doc("scenarios to build, by the release's names; null: all")
+    limit: int | None = doc("first so many questions of each scenario; null: all", low=1)
+    workers: int | None = doc("processes; null: one for each core", low=1, free=True)
+    check: bool = doc("decode every file again at the end", True, free=True)
+    phrases: str = doc(
+        "key phrase: of the data, else by comparing the question's two wordings, else the extractor of `concepts`; or "
+        "always by the extractor",
+        "compare",
+        choices=("compare", "extract"),
+    )
+    size: list[int] = doc("video: width, height (px)", [640, 384])
+    fps: int = doc("video: frames a second", 24, low=1)
+    word_seconds: float = doc("TYPO: how long a word stands (s)", 1.0, low=0.05)
+    clip_seconds: float = doc("DM: length of a clip (s)", 5.0, low=0.1)
+    phrase_seconds: float = doc("DM+TYPO: how long the phrase stands at the end (s)", 3.0, low=0.1)
+    font: str | None = doc("TrueType file of the words; null: DejaVu, which comes with matplotlib")
+    speech: str = doc("who speaks; edge sends the texts to an online service", "espeak", choices=("espeak", "edge"))
+    voice: str = doc("voice, by the synthesiser's name", "en-us")
+    speed: int = doc("words a minute", 160, low=80, high=450)
+    pitch: int = doc("0 to 99, 50 is the voice's own", 50, low=0, high=99)
+    sample_rate: int = doc("audio: Hz", 16000, low=8000)
+    audio_suffix: str = doc("audio: kind of file; the release has .mp3", ".mp3", choices=(".mp3", ".wav", ".flac", ".ogg"))
+    noise_seconds: float = doc("kpt_noise: white noise before the speech (s)", 3.0, low=0)
+    noise_level: float = doc("kpt_noise: its standard deviation; speech peaks at 0.9", 0.1, low=0, high=1)
+    scenes: Scenes = group(Scenes, "DM: scene descriptions")
+    pipeline: Pipeline = group(Pipeline, "DM: text-to-video pipeline")
+
+
+@dataclass
 class Config:
     """The whole configuration of one run."""
 
@@ -523,3 +590,4 @@ class Config:
     logger: Logger = group(Logger, "where metrics go")
     callbacks: Callbacks = group(Callbacks, "what is observed")
     media: Media = group(Media, "how video and audio files are read")
+    build: Build = group(Build, "media of a benchmark")

@@ -1,6 +1,6 @@
 """Audio files to samples and back, through libsndfile (soundfile) and the resampler soxr.
 
-Read block by block, so that neither a header that promises years of sound nor a thousand channels cost memory.
+What the header promises is bounded before anything is read: neither years of sound nor a thousand channels cost memory.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def decode_audio(data: bytes, name: Path, rules: MediaRules) -> AudioClip:
             if file.format not in FORMATS:
                 raise _Refused(f"is {file.format}, expected one of {', '.join(FORMATS)}: convert it")
             _check(file, rules)
-            samples = _read(file, rules)
+            samples = _read(file)
             rate = int(file.samplerate)
     except _Refused as refusal:
         raise ValueError(f"{name}: {refusal}") from None
@@ -99,28 +99,23 @@ def _check(file: Any, rules: MediaRules) -> None:
         )
     if (seconds := file.frames / file.samplerate) > rules.max_seconds:
         raise _Refused(f"{seconds:.1f} s long, at most {rules.max_seconds:g} are taken; cut it or set media.max_seconds")
+    if (size := 4e-6 * file.frames * file.channels) > rules.max_megabytes:
+        raise _Refused(f"{file.channels} channels of {file.frames} samples take {size:.0f} MB; mix it down first")
     # libsndfile reads a WAV file that is cut short up to its end and says so only here.
     for line in file.extra_info.splitlines():
         if line.split(":")[0].strip() == "data" and "should be" in line:
             raise _Refused("it is cut short (its header promises more samples than it has): fetch the file again")
 
 
-def _read(file: Any, rules: MediaRules) -> np.ndarray:
-    """float32 [N], the mean of the channels, a second at a time."""
-    longest = int(rules.max_seconds * file.samplerate)
-    blocks, read = [], 0
-    while read <= longest:
-        block = file.read(file.samplerate, dtype="float32", always_2d=True)
-        if not len(block):
-            break
-        blocks.append(block.mean(axis=1))
-        read += len(block)
-    if read > longest:
-        raise _Refused(f"longer than its header says, and than the {rules.max_seconds:g} s of media.max_seconds")
+def _read(file: Any) -> np.ndarray:
+    """float32 [N], the mean of the channels. In one piece: soundfile seeks after every block, and MP3 cannot."""
+    samples = file.read(dtype="float32", always_2d=True)
     # A lossy format may differ by a part of its last block; a hole of a tenth of a second is damage.
-    if read < file.frames - 0.1 * file.samplerate:
-        raise _Refused(f"only {read} of its {file.frames} samples can be decoded; it is cut short: fetch the file again")
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    if len(samples) < file.frames - 0.1 * file.samplerate:
+        raise _Refused(
+            f"only {len(samples)} of its {file.frames} samples can be decoded; it is cut short: fetch the file again"
+        )
+    return np.asarray(samples.mean(axis=1))
 
 
 def _reason(error: Exception) -> str:

@@ -1,5 +1,5 @@
-"""The readers of FigStep and XSTest, and the list of all readers. The embedded model's own benchmark is in
-`datamodules/micro_world.py`.
+"""The readers of FigStep and XSTest, and the list of all readers. The embedded models' own benchmark is in
+`datamodules/micro_benchmark.py`.
 
 FigStep (Gong et al. 2025, arXiv 2311.05608, https://github.com/ThuCCSLab/FigStep): `safebench.csv` and one typographic
 image for each question; the text prompt is harmless, the request stands in the image.

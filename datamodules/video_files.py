@@ -106,8 +106,9 @@ class _Refused(Exception):
 
 def _length(container: Any, stream: Any) -> tuple[int, float]:
     """Number of frames and seconds, from the time stamps of the packets; nothing is decoded yet."""
-    times, last = [], 0.0
+    times, last, packets = [], 0.0, 0
     for packet in container.demux(stream):
+        packets += packet.size > 0
         if packet.size and not packet.is_discard:
             at = packet.pts if packet.pts is not None else packet.dts
             if at is not None:
@@ -117,6 +118,8 @@ def _length(container: Any, stream: Any) -> tuple[int, float]:
                 times.append(times[-1] if times else 0.0)
     if not times:
         raise _Refused("the video stream is empty; fetch the file again")
+    if packets < stream.frames:  # an index in front survives a cut
+        raise _Refused(f"only {packets} of its {stream.frames} frames are there; it is cut short: fetch it again")
     rate = float(stream.average_rate or 0)
     step = last or (1 / rate if rate else 0.0)
     seconds = max(times) - min(times) + step

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from configs.schema import Config
 from datamodules.media_files import MediaRules
-from mllm.encode import sampling_rate
 from mllm.loading import MLLM
+from mllm.media import sampling_rate
 
 
 def media_rules(cfg: Config, mllm: MLLM, fit: bool = False) -> MediaRules:
