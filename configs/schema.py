@@ -524,7 +524,7 @@ class Build:
     benchmark: str = doc(
         "which benchmark",
         "va_safetybench_video",
-        choices=("va_safetybench_video", "va_safetybench_audio", "figstep"),
+        choices=("va_safetybench_video", "va_safetybench_audio", "figstep", "mm_safetybench"),
     )
     source: str = doc("folder with its questions", "../shared/data/va_safetybench")
     path: str | None = doc("folder to build in; null: build_benchmark/data in the run directory")
@@ -555,6 +555,8 @@ class Build:
     noise_level: float = doc("kpt_noise: its standard deviation; speech peaks at 0.9", 0.1, low=0, high=1)
     scenes: Scenes = group(Scenes, "DM: scene descriptions")
     pipeline: Pipeline = group(Pipeline, "DM: text-to-video pipeline")
+    letters: int = doc("MM-SafetyBench: size of the letters (px)", 90, low=8)
+    picture: str = doc("MM-SafetyBench: what the pipeline is told; {phrase} is the key phrase", "A photo of {phrase}.")
 
 
 @dataclass

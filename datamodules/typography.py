@@ -1,4 +1,4 @@
-"""Words as pictures: the frames of VA-SafetyBench's TYPO clips and FigStep's list images, drawn with Pillow.
+"""Words as pictures: frames of VA-SafetyBench's TYPO clips, FigStep's lists, MM-SafetyBench's phrases, drawn with Pillow.
 
 The font is DejaVu, which comes with matplotlib, or a file of your own. FigStep (arXiv 2311.05608, src/
 generate_prompts.py) draws with FreeMono Bold of 80 px at (20, 10), 15 letters a line, black on 760 x 760 px of white;
@@ -56,6 +56,37 @@ def figstep_image(instruction: str, font: str | None = None) -> tuple[Image.Imag
         draw.text((FIGSTEP_AT[0], FIGSTEP_AT[1] + number * FIGSTEP_PITCH), line, font=letters, fill="black", anchor="ls")
     room = (FIGSTEP_SIZE[1] - FIGSTEP_AT[1]) // FIGSTEP_PITCH + 1
     return image, max(0, len(lines) - room)
+
+
+def phrase_image(phrase: str, width: int, letters: int, font: str | None = None) -> Image.Image:
+    """MM-SafetyBench's typographic image: the phrase in black on white, `width` px wide, as high as its lines.
+
+    Args:
+        letters: size of the letters (px); a word that is too wide for the picture gets smaller ones.
+        font: a TrueType file; None: DejaVu Sans Bold.
+    """
+    file, room = font_file(font, SANS), width * (1 - 2 * MARGIN)
+    words = phrase.split()
+    if not words:
+        raise ValueError("a phrase without words has no picture")
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    while letters > 8 and max(measure.textlength(word, font=_font(file, letters)) for word in words) > room:
+        letters -= 2
+    chosen = _font(file, letters)
+    lines = [words[0]]
+    for word in words[1:]:
+        longer = f"{lines[-1]} {word}"
+        if measure.textlength(longer, font=chosen) <= room:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    text = "\n".join(lines)
+    left, top, right, bottom = measure.multiline_textbbox((0, 0), text, font=chosen, align="center")
+    border = round(width * MARGIN / 2)
+    image = Image.new("RGB", (width, round(bottom - top) + 2 * border), "white")
+    at = ((width - right - left) / 2, border - top)
+    ImageDraw.Draw(image).multiline_text(at, text, font=chosen, fill="black", align="center")
+    return image
 
 
 def font_file(font: str | None, default: str = SANS) -> str:

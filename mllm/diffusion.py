@@ -68,6 +68,19 @@ def make_clip(
     return _scaled(clip[chosen], size)
 
 
+def make_picture(pipeline: Any, text: str, settings: Pipeline, size: tuple[int, int], seed: int) -> np.ndarray:
+    """A picture, uint8 [H, W, 3] at `size` (width, height), made at `settings.size` and scaled.
+
+    Raises:
+        ValueError: the pipeline makes no pictures.
+    """
+    width, height = settings.size or size
+    found = _call(pipeline, text, settings, seed, width=width, height=height)
+    if not hasattr(found, "images"):
+        raise ValueError(f"build.pipeline.path={settings.path}: {type(pipeline).__name__} makes no pictures")
+    return _scaled(_bytes(np.asarray(found.images[0]))[None], size)[0]
+
+
 def _call(pipeline: Any, text: str, settings: Pipeline, seed: int, **size: int) -> Any:
     """Seeded on the CPU: so the noise is the same on every device."""
     return pipeline(

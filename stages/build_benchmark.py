@@ -26,6 +26,7 @@ from datamodules.scene_descriptions import scene_descriptions
 from datamodules.sources import with_concepts
 from datamodules.va_safetybench import TASKS, Kind, Question, medium_path, questions_folder, read_questions
 from datamodules.video_files import VideoClip, encode_video
+from stages.mm_building import build_mm_safetybench
 from stages.runs import Run
 from stages.trainers import device_of
 
@@ -60,7 +61,7 @@ def tell(title: str, total: int, done: int) -> Progress:
 def content(source: Path) -> str:
     """A hash of the questions: the media of other questions are another benchmark."""
     digest = hashlib.sha256()
-    for path in sorted([*source.glob("*_questions/*.json"), *source.glob("*.csv")]):
+    for path in sorted([*source.glob("*questions/*.json"), *source.glob("*.csv")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -107,6 +108,7 @@ BUILDERS: dict[str, Callable[[Config, BenchmarkFolder], list[Row]]] = {
     "va_safetybench_video": build_video,
     "va_safetybench_audio": build_audio,
     "figstep": build_figstep,
+    "mm_safetybench": build_mm_safetybench,
 }
 
 

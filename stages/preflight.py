@@ -49,7 +49,8 @@ def _check_secrets(cfg: Config) -> None:
         _check_secret("judge.api", cfg.judge.api, "judge=api")
     if _is_ahead(cfg, "generate_pairs"):
         _check_secret("generator.api", cfg.generator.api, "the stage generate_pairs")
-    if _is_ahead(cfg, "build_benchmark") and cfg.build.pipeline.path and cfg.build.scenes.source == "api":
+    describes = cfg.build.benchmark == "va_safetybench_video" and cfg.build.pipeline.path
+    if _is_ahead(cfg, "build_benchmark") and describes and cfg.build.scenes.source == "api":
         _check_secret("build.scenes.api", cfg.build.scenes.api, "build.scenes.source=api")
 
 
