@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,27 +45,44 @@ def decode_video(data: bytes, name: Path, rules: MediaRules) -> VideoClip:
         ValueError: names the file; it is no video, holds no video stream, is cut short, longer, larger or changes its
             size on the way.
     """
+    with _opened(data, name) as (container, stream):
+        count, seconds = _length(container, stream)
+        _check(stream, count, seconds, rules)
+        chosen = chosen_frames(count, count / seconds, rules.frames, rules.fps)
+        _check_memory(stream, len(chosen), rules)
+        container.seek(0)
+        frames = _decode(container, stream, chosen, count, rules)
+    return VideoClip(frames, len(frames) / seconds)
+
+
+def measure_video(data: bytes, name: Path, rules: MediaRules) -> dict[str, float]:
+    """Seconds, frames, width and height of a video, every frame of it decoded and none kept. Raises as above."""
+    with _opened(data, name) as (container, stream):
+        count, seconds = _length(container, stream)
+        _check(stream, count, seconds, rules)
+        container.seek(0)
+        size = (stream.codec_context.width, stream.codec_context.height)
+        found = [(frame.width, frame.height) for frame in container.decode(stream)]
+        if len(found) < count or set(found) != {size}:
+            raise _Refused(f"only {found.count(size)} of its {count} frames can be decoded; it is damaged")
+    return {"seconds": round(seconds, 6), "frames": count, "width": size[0], "height": size[1]}
+
+
+@contextmanager
+def _opened(data: bytes, name: Path) -> Iterator[tuple[Any, Any]]:
+    """(container, its first video stream); whatever goes wrong with them is a ValueError that names the file."""
     av = _av()
     try:
         with av.open(io.BytesIO(data), options=dict(OPTIONS)) as container:
             if not container.streams.video:
                 kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
                 raise _Refused(f"no video stream, found {kinds}; expected a video")
-            stream = container.streams.video[0]
-            count, seconds = _length(container, stream)
-            _check(stream, count, seconds, rules)
-            fps = count / seconds
-            chosen = chosen_frames(count, fps, rules.frames, rules.fps)
-            _check_memory(stream, len(set(chosen)), rules)
-            container.seek(0)
-            kept = _decode(container, stream, set(chosen), count, rules)
-            frames = np.stack([kept[i] for i in chosen])
+            yield container, container.streams.video[0]
     except _Refused as refusal:
         raise ValueError(f"{name}: {refusal}") from None
     except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"{name}: cannot be read as a video ({reason}); fetch the file again") from error
-    return VideoClip(frames, fps * len(frames) / count)
 
 
 def encode_video(frames: Iterable[np.ndarray], fps: int) -> bytes:
@@ -148,33 +166,29 @@ def _check_memory(stream: Any, n: int, rules: MediaRules) -> None:
         )
 
 
-def _decode(container: Any, stream: Any, chosen: set[int], count: int, rules: MediaRules) -> dict[int, np.ndarray]:
-    kept: dict[int, np.ndarray] = {}
+def _decode(container: Any, stream: Any, chosen: list[int], count: int, rules: MediaRules) -> np.ndarray:
+    """uint8 [len(chosen), H, W, 3], filled in place: a clip is in memory once."""
+    frames: np.ndarray | None = None
     first: tuple[int, int] | None = None
-    seen = 0
+    seen = filled = 0
     for frame in container.decode(stream):
         first = first or (frame.width, frame.height)
         if frame.width * frame.height > rules.max_pixels or (frame.width, frame.height) != first:
             raise _Refused(f"frame {seen} is {frame.width} x {frame.height} px, the first {first[0]} x {first[1]}")
-        if seen in chosen:
-            width, height = rules.size or first
-            kept[seen] = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+        if filled < len(chosen) and chosen[filled] == seen:
+            scaled = dict(zip(("width", "height"), rules.size, strict=True)) if rules.size else {}
+            pixels = frame.to_ndarray(format="rgb24", **scaled, interpolation="BICUBIC" if scaled else None)
+            if frames is None:
+                frames = np.empty((len(chosen), *pixels.shape), np.uint8)
+            while filled < len(chosen) and chosen[filled] == seen:  # twice where more are wanted than there are
+                frames[filled] = pixels
+                filled += 1
         seen += 1
         if seen > count:
             break
-    if missing := chosen - set(kept):
-        raise _Refused(
-            f"only {seen} of its {count} frames can be decoded ({min(missing)} is missing); it is cut short or damaged: "
-            "fetch it again"
-        )
-    return kept
-
-
-def frames_of(clip: VideoClip, repeat: int = 1) -> Iterator[np.ndarray]:
-    """The frames one after another, each `repeat` times."""
-    for frame in clip.frames:
-        for _ in range(repeat):
-            yield frame
+    if frames is None or filled < len(chosen):
+        raise _Refused(f"only {seen} of its {count} frames can be decoded; it is damaged: fetch it again")
+    return frames
 
 
 def _av() -> Any:

@@ -25,10 +25,12 @@ def load_pipeline(settings: Pipeline, device: torch.device | str = "cpu") -> Any
     try:
         from diffusers import DiffusionPipeline
         from diffusers.utils.logging import disable_progress_bar, set_verbosity_error
+        from transformers.utils.logging import disable_progress_bar as disable_loading_bar
     except ImportError as error:
         raise ValueError("pictures and clips from texts need diffusers: pip install seawall[generate]") from error
     set_verbosity_error()
     disable_progress_bar()
+    disable_loading_bar()
     folder = Path(settings.path).expanduser()
     if folder.is_dir():
         _refuse_pickles(folder)

@@ -70,6 +70,8 @@ def build_video(cfg: Config, folder: BenchmarkFolder) -> list[Row]:
     """TYPO; with a pipeline also DM and DM+TYPO."""
     build = cfg.build
     tasks = chosen_tasks(cfg, "video", ["typo"] + ["dm", "dm_typo"] * (build.pipeline.path is not None))
+    if build.pipeline.path is None and {"dm", "dm_typo"} & set(tasks):
+        raise ValueError("build.pipeline.path is not set: dm and dm_typo need a text-to-video pipeline of diffusers")
     questions = chosen_questions(cfg, "video", folder)
     phrases = key_phrases(cfg, questions, "typo", folder.path)
     rows: list[Row] = []

@@ -28,10 +28,16 @@ def tiny_text_to_video(folder: Path) -> Path:
         ),
         text_encoder=CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+                vocab_size=400,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                bos_token_id=188,
+                eos_token_id=189,
             )
         ),
-        tokenizer=CLIPTokenizer(*_letters(folder)),
+        tokenizer=CLIPTokenizer(*_letters(folder), model_max_length=77),
         unet=UNet3DConditionModel(
             block_out_channels=(8, 8),
             layers_per_block=1,
@@ -87,8 +93,6 @@ def tiny_text_to_image(folder: Path) -> Path:
 
 def _letters(folder: Path) -> tuple[str, str]:
     """A CLIP vocabulary of single letters, and no merges."""
-    from transformers.models.clip.tokenization_clip import CLIPTokenizer  # noqa: F401
-
     letters = [chr(c) for c in range(33, 127)]
     tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
