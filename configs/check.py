@@ -117,6 +117,8 @@ def _check_paths(cfg: Config) -> None:
         cfg.real.path = _existing("real.path", cfg.real.path)
     if "build_benchmark" in cfg.stages:
         cfg.build.source = _existing("build.source", cfg.build.source)
+    if "export" in cfg.stages:
+        cfg.export.adapter = _adapter("export.adapter", cfg.export.adapter)
     if "evaluate" in cfg.stages:
         _check_evaluate_paths(cfg.evaluate)
         _check_protector(cfg.protector)
@@ -127,14 +129,17 @@ def _check_evaluate_paths(e: Evaluate) -> None:
         if name is not None:
             setattr(e, name, _existing(f"evaluate.{name}", getattr(e, name)))
     for name, path in e.adapters.items():
-        key = f"evaluate.adapters.{name}"
-        folder = Path(_existing(key, path))
-        # Without safetensors peft would fall back to a pickle.
-        if missing := [f for f in ("adapter_config.json", "adapter_model.safetensors") if not (folder / f).is_file()]:
-            inside = next((p.parent for p in sorted(folder.glob("**/adapter_model.safetensors"))), None)
-            hint = f"did you mean {inside}?" if inside else "for a whole model set model.path"
-            raise ValueError(f"{key}: {folder} holds no {missing[0]}, so it is no adapter; {hint}")
-        e.adapters[name] = str(folder)
+        e.adapters[name] = _adapter(f"evaluate.adapters.{name}", path)
+
+
+def _adapter(key: str, path: str | None) -> str:
+    """The folder of an adapter in safetensors: without them peft would fall back to a pickle."""
+    folder = Path(_existing(key, path))
+    if missing := [f for f in ("adapter_config.json", "adapter_model.safetensors") if not (folder / f).is_file()]:
+        inside = next((p.parent for p in sorted(folder.glob("**/adapter_model.safetensors"))), None)
+        hint = f"did you mean {inside}?" if inside else "for a whole model set model.path"
+        raise ValueError(f"{key}: {folder} holds no {missing[0]}, so it is no adapter; {hint}")
+    return str(folder)
 
 
 def _check_protector(p: Protector) -> None:

@@ -21,12 +21,14 @@ STAGES = (
     "train_detoxifier",
     "generate_pairs",
     "build_benchmark",
+    "export",
     "evaluate",
 )
 """Known stages, in the order in which they run; `stages/<name>.py` holds each one's `run(cfg, run)`."""
 
 BENCHMARKS: dict[str, str | None] = {
     "micro": None,
+    "micro_utility": None,
     "figstep": "figstep",
     "xstest": "xstest",
     "mm_safetybench": "mm_safetybench",
@@ -398,6 +400,13 @@ class Evaluate:
 
 
 @dataclass
+class Export:
+    """An adapter merged into its model, as a plain folder (stage `export`)."""
+
+    adapter: str | None = doc("folder of a PEFT adapter for the model", free=True)
+
+
+@dataclass
 class Protector:
     """MLLM-Protector as a guard behind the evaluated variants (`experiment=protector`)."""
 
@@ -591,5 +600,6 @@ class Config:
     trainer: Trainer = group(Trainer, "where it runs")
     logger: Logger = group(Logger, "where metrics go")
     callbacks: Callbacks = group(Callbacks, "what is observed")
+    export: Export = group(Export, "an adapter merged into its model")
     media: Media = group(Media, "how video and audio files are read")
     build: Build = group(Build, "media of a benchmark")

@@ -9,6 +9,7 @@ from configs.keys import nearest
 from configs.schema import BENCHMARKS, Config
 from datamodules.benchmarks import READERS, BenchmarkPrompt
 from datamodules.micro_benchmark import micro_benchmark
+from datamodules.micro_utility import micro_utility
 
 MODALITY = {
     "figstep": "image",
@@ -57,7 +58,8 @@ def _chosen(cfg: Config, name: str) -> list[BenchmarkPrompt]:
 def _read(cfg: Config, name: str) -> list[BenchmarkPrompt]:
     """All tasks, or those that are chosen where a reader can leave the others away: their media may not be there."""
     if (key := BENCHMARKS[name]) is None:
-        return micro_benchmark(cfg.model.prompts, cfg.seed, cfg.model.modality)
+        drawn = micro_utility if name == "micro_utility" else micro_benchmark
+        return drawn(cfg.model.prompts, cfg.seed, cfg.model.modality)
     reader, root = READERS[name], Path(getattr(cfg.evaluate, key))
     if cfg.evaluate.tasks is not None and "tasks" in inspect.signature(reader).parameters:
         return reader(root, tasks=cfg.evaluate.tasks)

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from configs.compose import ConfigError
-from configs.schema import Api, Config
+from configs.schema import BENCHMARKS, Api, Config
 from datamodules.media_records import read_media_records
 from datamodules.raw_rows import read_rows
 from datamodules.records import Record
@@ -34,7 +34,7 @@ def preflight(cfg: Config) -> None:
         if cfg.data.format != "micro" and Path(cfg.data.path or "").exists():
             _check_data(cfg)
         _check_pairs(cfg)
-        if "evaluate" in cfg.stages and cfg.evaluate.benchmarks != ["micro"]:
+        if "evaluate" in cfg.stages and any(BENCHMARKS[name] for name in cfg.evaluate.benchmarks):
             benchmark_prompts(cfg)  # opens no medium
     except ConfigError:
         raise

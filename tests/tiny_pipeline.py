@@ -72,7 +72,7 @@ def tiny_text_to_image(folder: Path) -> Path:
                 vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
             )
         ),
-        tokenizer=CLIPTokenizer(*_letters(folder)),
+        tokenizer=CLIPTokenizer(*_letters(folder), model_max_length=77),
         unet=UNet2DConditionModel(
             block_out_channels=(8, 8),
             layers_per_block=1,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import train
 from configs.compose import ConfigError, compose, last_wins
@@ -15,10 +16,9 @@ from datamodules import micro_world
 from datamodules.micro_images import draw
 from evaluation.judge_prompts import judge_prompt
 from evaluation.rows import GenerationLog
-from mllm.loading import load
 from stages.benchmark_prompts import benchmark_prompts
 from tests.loopback import LoopbackServer, Status
-from tests.micro import config
+from tests.micro import random_adapter
 from tests.mm_safetybench import write_images, write_questions
 
 SMALL = [
@@ -33,16 +33,7 @@ def bench(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that changes the embedded model's answers."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    spec = config().model
-    torch.manual_seed(0)
-    model = get_peft_model(load(spec).model, LoraConfig(r=4, target_modules=spec.lora_targets, init_lora_weights=False))
-    folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder)
-    return folder
+    return random_adapter(tmp_path_factory.mktemp("adapter"))
 
 
 def start(folder: Path, bench: Path, *overrides: str) -> int:
@@ -128,8 +119,6 @@ def test_adapters_that_cannot_be_used_are_told_before_anything_starts(bench: Pat
 def test_an_adapter_of_another_model_is_refused_by_name(
     bench: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     other = tmp_path / "other"
     other.mkdir()
     (other / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
