@@ -38,7 +38,9 @@ def check(cfg: Config, paths: bool = True) -> None:
     known = ["base", *cfg.variants]
     for name in cfg.evaluate.adapters:
         if name in known or not re.fullmatch(r"[A-Za-z][\w-]*", name):  # it names files and rows of the report
-            raise ValueError(f"evaluate.adapters: {name!r} is taken or is no name; give a new one (letters, digits, _ -)")
+            raise ValueError(
+                f"evaluate.adapters: {name!r} is taken or is no name; give a new one (letters, digits, _ -)"
+            )
     known += cfg.evaluate.adapters
     for name in cfg.evaluate.variants or []:
         if name not in known:

@@ -389,10 +389,10 @@ class Evaluate:
     system_prompt: str | None = doc("system message in place of model.system_prompt")
     figstep: str = doc("folder of FigStep (safebench.csv, images/)", "../shared/data/figstep")
     xstest: str = doc("CSV of XSTest's prompts, or its folder", "../shared/data/xstest/xstest_prompts.csv")
-    mm_safetybench: str = doc(
-        "folder of MM-SafetyBench (processed_questions/, imgs/)", "../shared/data/mm_safetybench"
+    mm_safetybench: str = doc("folder of MM-SafetyBench (processed_questions/, imgs/)", "../shared/data/mm_safetybench")
+    va_safetybench: str = doc(
+        "folder of VA-SafetyBench (its questions, Video/, Audio/)", "../shared/data/va_safetybench"
     )
-    va_safetybench: str = doc("folder of VA-SafetyBench (its questions, Video/, Audio/)", "../shared/data/va_safetybench")
     folder: str | None = doc("folder of your own media with prompts.csv, or such a file (docs/benchmarks.md)")
     tasks: list[str] | None = doc("tasks to ask, where a benchmark has several; null takes all")
     scenarios: list[str] | None = doc("scenarios to ask, by their names in the report; null takes all")
@@ -559,7 +559,9 @@ class Build:
     speed: int = doc("words a minute", 160, low=80, high=450)
     pitch: int = doc("0 to 99, 50 is the voice's own", 50, low=0, high=99)
     sample_rate: int = doc("audio: Hz", 16000, low=8000)
-    audio_suffix: str = doc("audio: kind of file; the release has .mp3", ".mp3", choices=(".mp3", ".wav", ".flac", ".ogg"))
+    audio_suffix: str = doc(
+        "audio: kind of file; the release has .mp3", ".mp3", choices=(".mp3", ".wav", ".flac", ".ogg")
+    )
     noise_seconds: float = doc("kpt_noise: white noise before the speech (s)", 3.0, low=0)
     noise_level: float = doc("kpt_noise: its standard deviation; speech peaks at 0.9", 0.1, low=0, high=1)
     scenes: Scenes = group(Scenes, "DM: scene descriptions")

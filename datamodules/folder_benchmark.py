@@ -7,8 +7,8 @@
 
 `id`, `text` and `request` are needed, the other columns may be left out. `media` is a path relative to the CSV file's
 folder and must stay inside it; empty: a question of text alone. `request`: harmful (should be refused), benign (should
-be answered) or reading (is the medium read?). `expected`: reading: what must stand in the answer (needed there); benign:
-what an answer on topic names. `scenario` defaults to "all", `task` to "media" or "text_only".
+be answered) or reading (is the medium read?). `expected`: for reading what must stand in the answer (needed there), for
+benign what an answer on topic names. `scenario` defaults to "all", `task` to "media" or "text_only".
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ The released layout, which the builder (`experiment=build_mm_safetybench`) write
     imgs/01-Illegal_Activitiy/TYPO/0.jpg              the key phrase as text
     imgs/01-Illegal_Activitiy/SD_TYPO/0.jpg           the picture, and the text below it
 
-Which question goes with which image decides whether the image is asked about at all. "Rephrased Question" says that *the
-bottom of the image* shows the phrase, which is true of SD_TYPO alone; "Rephrased Question(SD)" says that *the image*
-shows it, which is true of SD and TYPO. Public scripts ask about the bottom of TYPO images, too. VA-SafetyBench, made from
-the same questions, pairs them as we do: only its DM+TYPO speaks of "the end of the video".
+Which question goes with which image decides whether the image is asked about at all. "Rephrased Question" says that
+*the bottom of the image* shows the phrase, which is true of SD_TYPO alone; "Rephrased Question(SD)" says that *the
+image* shows it, which is true of SD and TYPO. Public scripts ask about the bottom of TYPO images, too. VA-SafetyBench,
+made from the same questions, pairs them as we do: only its DM+TYPO speaks of "the end of the video".
 Text alone is "Changed Question": the sentence that the rephrased ones are made from by taking the phrase out.
 """
 
@@ -103,9 +103,7 @@ def read_mm_safetybench(root: str | Path, tasks: Sequence[str] = tuple(TASKS)) -
                 image = _image(root, question, task.folder)
             id = f"mm_safetybench/{name}/{question.scenario}/{question.id}"
             text = question.text(task.key)
-            prompts.append(
-                BenchmarkPrompt(id, "mm_safetybench", name, scenario, "harmful", text, image, asked=asked)
-            )
+            prompts.append(BenchmarkPrompt(id, "mm_safetybench", name, scenario, "harmful", text, image, asked=asked))
     return unique(prompts, root / QUESTIONS)
 
 

@@ -7,9 +7,9 @@ for people.
 
 Every rate carries n, a 95 % interval, the judge, and how many answers could not be judged. Scenario "all" pools the
 scenarios (Wilson's interval); "mean" is their unweighted mean (evaluation/metrics.py, mean_rate), the number of the
-papers, given where there are two scenarios or more. `asr` is what the chosen judge calls unsafe; `refusal_rate` and `benign_compliance` are always the
-refusal judge's; reading accuracy and "on topic" compare words with the expected phrase. The schema is checked
-before anything is written.
+papers, given where there are two scenarios or more. `asr` is what the chosen judges call unsafe; `refusal_rate` and
+`benign_compliance` are always the refusal judge's; reading accuracy and "on topic" compare words with the expected
+phrase. The schema is checked before anything is written.
 """
 
 from __future__ import annotations

@@ -54,8 +54,7 @@ def markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath]) -> str:
         f"**{CAVEAT}**",
         "",
         "Cells: rate, [95 % interval], number of judged answers. Answers that could not be judged are "
-        "counted apart."
-        + (f" Of the safety judges, {judges[0]} stands in the tables." if len(judges) > 1 else ""),
+        "counted apart." + (f" Of the safety judges, {judges[0]} stands in the tables." if len(judges) > 1 else ""),
     ]
     if report["guard"] is not None:
         lines += guard_section(report, lambda entry: _cell(entry, " "))

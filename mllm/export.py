@@ -1,7 +1,7 @@
 """An aligned model as one plain folder: the adapter merged into the weights, the processor beside them.
 
-What loads from it is `transformers` alone (`AutoModelForMultimodalLM.from_pretrained(folder)`), so any harness that takes
-a checkpoint of the family takes it: vLLM, lmms-eval, VLMEvalKit.
+`transformers` alone loads it (`AutoModelForMultimodalLM.from_pretrained(folder)`), so any harness that takes a
+checkpoint of the family takes it: vLLM, lmms-eval, VLMEvalKit.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ MODALITY = {
 
 
 def benchmark_prompts(cfg: Config) -> list[BenchmarkPrompt]:
-    """All prompts of `evaluate.benchmarks`, of the tasks and scenarios that are chosen; `evaluate.limit` keeps that many
-    of each (task, request), evenly spread.
+    """All prompts of `evaluate.benchmarks`, of the tasks and scenarios that are chosen; `evaluate.limit` keeps that
+    many of each (task, request), evenly spread.
 
     Raises:
         ValueError: a benchmark is missing or broken (names the file), has no such task or scenario, or has media that
@@ -42,9 +42,7 @@ def _chosen(cfg: Config, name: str) -> list[BenchmarkPrompt]:
     if scenarios is not None:
         there = dict.fromkeys(p.scenario for p in prompts)
         if unknown := [scenario for scenario in scenarios if scenario not in there]:
-            raise ValueError(
-                f"evaluate.scenarios: {name} has no scenario {unknown[0]!r}, {nearest(unknown[0], there)}"
-            )
+            raise ValueError(f"evaluate.scenarios: {name} has no scenario {unknown[0]!r}, {nearest(unknown[0], there)}")
         prompts = [p for p in prompts if p.scenario in scenarios]
     modality = MODALITY.get(name)
     if modality not in (None, cfg.model.modality) and any(p.media is not None for p in prompts):

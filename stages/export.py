@@ -1,6 +1,6 @@
 """Stage `export`: an adapter merged into its model, as a plain folder that `transformers` alone loads.
 
-    python train.py experiment=export model=llava_1_5_7b export.adapter=runs/sea_image/mine/align/sea_dpo/adapter
+python train.py experiment=export model=llava_1_5_7b export.adapter=runs/sea_image/mine/align/sea_dpo/adapter
 """
 
 from __future__ import annotations
@@ -30,5 +30,7 @@ def run(cfg: Config, run: Run) -> None:
         return
     folder = stage.folder / "model"
     difference = export_merged(load(cfg.model, device_of(cfg)), adapter, folder)
-    log.info("the merged model is in %s; its logits differ by at most %.2g from those under the adapter", folder, difference)
+    log.info(
+        "the merged model is in %s; its logits differ by at most %.2g from those under the adapter", folder, difference
+    )
     stage.finish({"folder": str(folder), "largest_logit_difference": difference})

@@ -84,7 +84,9 @@ def check_cost(
     if cfg.judge.kind != "api":
         return
     judges = [judge for judge in make_judges(cfg) if isinstance(judge, APIJudge)]
-    parts = [_estimate(cfg, judge, prompts, generated, judgements) for judge in judges for generated in answers.values()]
+    parts = [
+        _estimate(cfg, judge, prompts, generated, judgements) for judge in judges for generated in answers.values()
+    ]
     calls, read, written = (sum(getattr(p, n) for p in parts) for n in ("calls", "tokens_read", "tokens_written"))
     told = f"judge {cfg.judge.api.model}: at most {calls} calls, about {read} tokens read and {written} written"
     if (prices := _prices(cfg)) is None:

@@ -43,7 +43,9 @@ def test_the_whole_benchmark_is_read_in_the_released_order(root):
 def test_text_alone_needs_no_images_and_a_missing_one_is_named(tmp_path):
     write_questions(tmp_path)
     assert len(read_mm_safetybench(tmp_path, ["text_only"])) == 4
-    with pytest.raises(ValueError, match=r"SD/0\.jpg: no such image, named by .*Activitiy\.json: entry '0'.*evaluate\.tasks"):
+    with pytest.raises(
+        ValueError, match=r"SD/0\.jpg: no such image, named by .*Activitiy\.json: entry '0'.*evaluate\.tasks"
+    ):
         read_mm_safetybench(tmp_path)
     with pytest.raises(ValueError, match=r"has no task 'image_typo'; expected some of text_only, sd, typo, sd_typo"):
         read_mm_safetybench(tmp_path, ["image_typo"])

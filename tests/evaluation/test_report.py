@@ -123,8 +123,8 @@ def test_several_judges_of_asr_stand_side_by_side_and_the_first_in_the_tables(ro
     log.append(Judgement.of(r, "strict", "unsafe") for r in harmful)
     log.append(Judgement.of(r, "mild", "safe") for r in harmful)
     report = report_of(rows, log, asr_judges=["strict", "mild"])
-    found = {e["judge"]: e["value"] for e in report["results"]
-             if (e["variant"], e["task"], e["metric"], e["scenario"]) == ("base", "image_plain", "asr", "all")}  # fmt: skip
+    pooled = {"variant": "base", "task": "image_plain", "metric": "asr", "scenario": "all"}
+    found = {e["judge"]: e["value"] for e in report["results"] if pooled.items() <= e.items()}
     assert found == {"strict": 1.0, "mild": 0.0}
     text = write_report(report, tmp_path).markdown.read_text()
     assert "| variant | task | `strict` | `mild` |" in text

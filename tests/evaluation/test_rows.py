@@ -28,7 +28,18 @@ def test_rows_come_back_as_written_with_any_text(tmp_path):
     assert again[0].expected == "bake the cake"
     assert again[0].prompt == "What? 日本\u2028"
     line = json.loads((tmp_path / "deep" / "base.jsonl").read_text(encoding="utf-8").split("\n")[0])
-    assert set(line) == {"id", "benchmark", "task", "scenario", "request", "prompt", "answer", "expected", "variant", "asked"}
+    assert set(line) == {
+        "id",
+        "benchmark",
+        "task",
+        "scenario",
+        "request",
+        "prompt",
+        "answer",
+        "expected",
+        "variant",
+        "asked",
+    }
 
 
 def test_only_unanswered_prompts_are_left(tmp_path):

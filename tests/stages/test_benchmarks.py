@@ -22,7 +22,8 @@ from tests.micro import random_adapter
 from tests.mm_safetybench import write_images, write_questions
 
 SMALL = [
-    "experiment=eval_mm_safetybench", "evaluate.max_new_tokens=6", "evaluate.scenarios=null", "logger.tensorboard=false",
+    "experiment=eval_mm_safetybench", "evaluate.max_new_tokens=6", "evaluate.scenarios=null",
+    "logger.tensorboard=false",
 ]  # fmt: skip
 
 
@@ -100,7 +101,9 @@ def test_an_adapter_is_evaluated_beside_the_base_and_counts_by_content(
     assert "evaluate.adapters.mine (sha256)" in capsys.readouterr().err
 
 
-def test_adapters_that_cannot_be_used_are_told_before_anything_starts(bench: Path, adapter: Path, tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_used_are_told_before_anything_starts(
+    bench: Path, adapter: Path, tmp_path: Path
+) -> None:
     def told(*overrides: str) -> str:
         with pytest.raises(ConfigError) as caught:
             compose(last_wins(*SMALL, f"evaluate.mm_safetybench={bench}", *overrides))
@@ -113,7 +116,9 @@ def test_adapters_that_cannot_be_used_are_told_before_anything_starts(bench: Pat
     assert f"did you mean {adapter}?" in told(f"evaluate.adapters={{x: {adapter.parent}}}")
     assert "evaluate.adapters.x: " in told("evaluate.adapters={x: none/there}")
     assert "'base' is taken" in told(f"evaluate.adapters={{base: {adapter}}}")
-    assert "evaluate.variants: got 'yours'" in told(f"evaluate.adapters={{mine: {adapter}}}", "evaluate.variants=[yours]")
+    assert "evaluate.variants: got 'yours'" in told(
+        f"evaluate.adapters={{mine: {adapter}}}", "evaluate.variants=[yours]"
+    )
 
 
 def test_an_adapter_of_another_model_is_refused_by_name(
@@ -209,7 +214,7 @@ def test_tasks_scenarios_and_limit_choose_prompts(bench: Path) -> None:
     assert [(p.task, p.scenario, p.id[-1]) for p in chosen] == [
         ("sd", "HateSpeech", "0"), ("sd", "HateSpeech", "1"), ("typo", "HateSpeech", "0"), ("typo", "HateSpeech", "1"),
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="has no scenario 'Hatespeech'.*did you mean HateSpeech"):
+    with pytest.raises(ValueError, match=r"has no scenario 'Hatespeech'.*did you mean HateSpeech"):
         prompts(place, "evaluate.scenarios=[Hatespeech]")
     with pytest.raises(ValueError, match="MM-SafetyBench has no task 'tipo'"):
         prompts(place, "evaluate.tasks=[tipo]")

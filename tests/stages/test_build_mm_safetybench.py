@@ -1,8 +1,9 @@
-"""`experiment=build_mm_safetybench` through `train.main`: real images, decoded again, read by the benchmark's reader."""
+"""`experiment=build_mm_safetybench` through `train.main`: real images, decoded again and read as a benchmark."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,9 @@ def test_only_what_is_missing_or_changed_is_made_again(source: Path, tmp_path: P
     assert changed == {files[2], tmp_path / "data" / "imgs" / "02-HateSpeech" / "TYPO" / "1.jpg"}
 
 
-def test_questions_without_key_phrases_are_named(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_questions_without_key_phrases_are_named(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = source / QUESTIONS / "02-HateSpeech.json"
     values = json.loads(path.read_text())
     del values["1"]["Key Phrase"]
@@ -97,9 +100,9 @@ def test_questions_without_key_phrases_are_named(source: Path, tmp_path: Path, c
     assert "02-HateSpeech.json: entry '1': 'Key Phrase' holds nothing, expected a text" in capsys.readouterr().err
 
 
-def test_a_pipeline_of_pickles_is_refused(source: Path, pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
+def test_a_pipeline_of_pickles_is_refused(
+    source: Path, pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = shutil.copytree(pipeline, tmp_path / "pickled")
     next((copy / "unet").glob("*.safetensors")).rename(copy / "unet" / "diffusion_pytorch_model.bin")
     assert start(tmp_path / "run", source, f"build.pipeline.path={copy}", "build.size=[64,48]") == 1

@@ -1,4 +1,4 @@
-"""`experiment=utility` and `experiment=export` through `train.main`: general ability, and a plain folder that keeps it."""
+"""`experiment=utility` and `experiment=export` through `train.main`: general ability, and a plain folder of it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,16 @@ def test_utility_asks_for_words_style_and_harmless_steps_alone() -> None:
 
 def test_what_an_adapter_costs_is_seen_beside_the_base(adapter: Path, tmp_path: Path) -> None:
     given = f"evaluate.adapters={{broken: {adapter}}}"
-    assert start("experiment=utility", f"run_dir={tmp_path / 'run'}", given, "evaluate.limit=16", "evaluate.max_new_tokens=24") == 0
+    assert (
+        start(
+            "experiment=utility",
+            f"run_dir={tmp_path / 'run'}",
+            given,
+            "evaluate.limit=16",
+            "evaluate.max_new_tokens=24",
+        )
+        == 0
+    )
     results = json.loads((tmp_path / "run" / "report.json").read_text())["results"]
     rates = {(e["variant"], e["task"], e["metric"]): e for e in results if e["scenario"] == "all"}
     for task, metric in (
