@@ -61,7 +61,7 @@ def jpeg(picture: Image.Image | np.ndarray) -> Made:
     """A picture as a JPEG file."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=QUALITY)
+    image.save(buffer, "JPEG", quality=QUALITY, subsampling=0)  # a picture is encoded twice on its way to SD_TYPO
     return Made(buffer.getvalue(), {"width": image.width, "height": image.height})
 
 

@@ -18,8 +18,14 @@ from stages.runs import Run, difference, read_record
 
 PLACES = {name: f"evaluate.{key}" for name, key in BENCHMARKS.items() if key is not None}
 """Benchmark -> the setting that says where it lies."""
-WHICH = ("evaluate.benchmarks", "evaluate.variants", "evaluate.limit", "evaluate.tasks", "evaluate.scenarios")
-WHICH += tuple(PLACES.values())
+WHICH = (
+    "evaluate.benchmarks",
+    "evaluate.variants",
+    "evaluate.limit",
+    "evaluate.tasks",
+    "evaluate.scenarios",
+    *PLACES.values(),
+)
 """Settings that say which prompts are asked, not what is answered to each of them."""
 
 

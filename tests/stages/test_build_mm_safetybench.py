@@ -64,14 +64,15 @@ def test_pictures_and_both_together_come_out_of_a_pipeline(source: Path, pipelin
     picture, words, both = (prompts[f"mm_safetybench/{task}/{where}"] for task in ("sd", "typo", "sd_typo"))
     assert picture.size == (64, 48)
     assert both.size == (64, 48 + words.height)
-    top = np.asarray(both.crop((0, 0, 64, 48)), dtype=int)
-    assert np.abs(top - np.asarray(picture, dtype=int)).mean() < 4  # JPEG twice
+    other = np.asarray(prompts["mm_safetybench/sd/02-HateSpeech/0"], dtype=int)  # another seed, another text
+    made, top = np.asarray(picture, dtype=int), np.asarray(both.crop((0, 0, 64, 48)), dtype=int)
+    apart = np.abs(other - made).mean()
+    assert apart > 5
+    assert np.abs(top - made).mean() < apart / 4  # the same but for a second JPEG
     bottom = np.asarray(both.crop((0, 48, 64, both.height)).convert("L"))
     assert bottom[-2:].min() > 200  # paper
     assert (bottom < 128).sum() > 20  # letters
     assert np.asarray(picture).std() > 5  # a random model's picture, but a picture
-    other = prompts["mm_safetybench/sd/02-HateSpeech/0"]
-    assert np.abs(np.asarray(other, int) - np.asarray(picture, int)).mean() > 1  # another seed, another text
 
 
 def test_only_what_is_missing_or_changed_is_made_again(source: Path, tmp_path: Path) -> None:
