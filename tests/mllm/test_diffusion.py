@@ -11,7 +11,7 @@ import torch
 
 from configs.schema import Pipeline
 from mllm.diffusion import load_pipeline, make_clip
-from tests.tiny_pipeline import tiny_text_to_video
+from tests.tiny_text_to_video import tiny_text_to_video
 
 
 @pytest.fixture(scope="module")
