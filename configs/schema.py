@@ -527,7 +527,9 @@ class Build:
     speed: int = doc("words a minute", 160, low=80, high=450)
     pitch: int = doc("0 to 99, 50 is the voice's own", 50, low=0, high=99)
     sample_rate: int = doc("audio: Hz", 16000, low=8000)
-    audio_suffix: str = doc("audio: kind of file; the release has .mp3", ".mp3", choices=(".mp3", ".wav", ".flac", ".ogg"))
+    audio_suffix: str = doc(
+        "audio: kind of file; the release has .mp3", ".mp3", choices=(".mp3", ".wav", ".flac", ".ogg")
+    )
     noise_seconds: float = doc("kpt_noise: white noise before the speech (s)", 3.0, low=0)
     noise_level: float = doc("kpt_noise: its standard deviation; speech peaks at 0.9", 0.1, low=0, high=1)
     scenes: Scenes = group(Scenes, "DM: scene descriptions")

@@ -45,7 +45,10 @@ def run(cfg: Config, run: Run) -> None:
     if not run.leader:  # one process answers, judges and reports; the others are done
         return
     variants = cfg.evaluate.variants or ["base", *cfg.align.variants]
-    made_from, after = run.settings("seed", "model", "evaluate", *media_keys(cfg)), [f"align/{v}" for v in variants if v != "base"]
+    made_from, after = (
+        run.settings("seed", "model", "evaluate", *media_keys(cfg)),
+        [f"align/{v}" for v in variants if v != "base"],
+    )
     source = None if cfg.protector.source is None else Path(cfg.protector.source)
     if source is not None:  # the adapters of another run
         made_from, after = made_from | source_run.adapters(run, source, variants), []

@@ -1,6 +1,6 @@
 """A random text-to-video pipeline of `diffusers` in a folder, of about 100 kB: the real classes, tiny sizes.
 
-    python -m tests.tiny_text_to_video FOLDER
+python -m tests.tiny_text_to_video FOLDER
 """
 
 from __future__ import annotations

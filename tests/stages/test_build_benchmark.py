@@ -61,7 +61,11 @@ def test_video_typo_shows_one_word_at_a_time(tmp_path: Path) -> None:
 def test_dm_goes_through_a_pipeline_and_dm_typo_ends_with_the_phrase(tmp_path: Path) -> None:
     source = write_questions(tmp_path / "source", "video")
     scenes = tmp_path / "scenes.json"
-    scenes.write_text(json.dumps({f"{s}/{i}": f"A scene, number {i}." for s, i in (("6-Fraud", 0), ("6-Fraud", 1), ("2-HateSpeech", 2))}))
+    scenes.write_text(
+        json.dumps(
+            {f"{s}/{i}": f"A scene, number {i}." for s, i in (("6-Fraud", 0), ("6-Fraud", 1), ("2-HateSpeech", 2))}
+        )
+    )
     dm = [f"build.pipeline.path={tiny_text_to_video(tmp_path / 'tiny')}", *PIPELINE, "build.scenes.source=file"]
     dm += [f"build.scenes.path={scenes}", "build.phrase_seconds=0.5"]
     assert start("build_va_safetybench_video", tmp_path / "run", source, *SMALL, *dm) == 0
@@ -100,7 +104,10 @@ def test_figstep_is_built_as_its_reader_wants_it(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     header = ["dataset", "category_id", "task_id", "category_name", "question", "instruction"]
-    rows = [["ForbidQI", "1", str(i), "Crafts", "How?", f"Methods to fold {'very ' * 20 * (i == 2)}kites."] for i in (1, 2, 3)]
+    rows = [
+        ["ForbidQI", "1", str(i), "Crafts", "How?", f"Methods to fold {'very ' * 20 * (i == 2)}kites."]
+        for i in (1, 2, 3)
+    ]
     with (source / "safebench.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
     assert start("build_figstep", tmp_path / "run", source, "build.limit=2") == 0
