@@ -95,10 +95,14 @@ class _Refused(Exception):
 def _check(file: Any, rules: MediaRules) -> None:
     if not 1000 <= file.samplerate <= MAX_RATE or file.channels > MAX_CHANNELS:
         raise _Refused(
-            f"{file.channels} channels at {file.samplerate} Hz, expected at most {MAX_CHANNELS} at 1000 to {MAX_RATE} Hz"
+            f"{file.channels} channels at {file.samplerate} Hz, expected at most {MAX_CHANNELS} at 1000 to "
+            f"{MAX_RATE} Hz"
         )
     if (seconds := file.frames / file.samplerate) > rules.max_seconds:
-        raise _Refused(f"{seconds:.1f} s long, at most {rules.max_seconds:g} are taken; cut it or set media.max_seconds")
+        raise _Refused(
+            f"{seconds:.1f} s long, at most {rules.max_seconds:g} are taken; cut it (media.max_seconds, "
+            "model.max_seconds)"
+        )
     if (size := 4e-6 * file.frames * file.channels) > rules.max_megabytes:
         raise _Refused(f"{file.channels} channels of {file.frames} samples take {size:.0f} MB; mix it down first")
     # libsndfile reads a WAV file that is cut short up to its end and says so only here.

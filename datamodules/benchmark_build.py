@@ -4,9 +4,9 @@
     folder.make([Item("Video/1/TYPO/0.mp4", {"kind": "typo", ...}, {"task": "typo", ...}), ...], maker)
     folder.check()                            # decodes every file again
 
-`out/manifest.jsonl` has a row for each file: path, SHA-256, bytes, what it was made from (a hash), how long and large it
-is. A file counts once its row is on the disk. What stands there already and was made from the same is not made again,
-so the same command goes on after kill -9, and a changed setting makes anew only what it changes.
+`out/manifest.jsonl` has a row for each file: path, SHA-256, bytes, what it was made from (a hash), how long and large
+it is. A file counts once its row is on the disk. What stands there already and was made from the same is not made
+again, so the same command goes on after kill -9, and a changed setting makes anew only what it changes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from datamodules.durable import Journal, read_lines, write_durably
 from datamodules.audio_files import AudioClip
+from datamodules.durable import Journal, read_lines, write_durably
 from datamodules.media_files import MediaRules, Medium, decode_medium
 from datamodules.text_cache import content_key
 from datamodules.video_files import VideoClip, measure_video
@@ -136,9 +136,7 @@ class BenchmarkFolder:
                 progress.advance()
         return sorted(wrong)
 
-    def _each(
-        self, work: Callable[[Any], Any], things: Sequence[Any], workers: int
-    ) -> Iterator[tuple[Any, Any]]:
+    def _each(self, work: Callable[[Any], Any], things: Sequence[Any], workers: int) -> Iterator[tuple[Any, Any]]:
         if workers <= 1 or len(things) < 2:
             for thing in things:
                 yield thing, work(thing)

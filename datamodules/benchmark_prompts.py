@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
 from datamodules.media_files import MediaRules, model_input, open_medium
 
 Request = Literal["harmful", "benign", "reading"]

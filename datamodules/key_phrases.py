@@ -17,7 +17,9 @@ from datamodules.english import DETERMINERS, Word, words_of
 ANNOUNCEMENT = re.compile(r"^The (?:end of the )?(?:video|audio|image) show\w* (?:a|the) phrase of [^.]*\.\s*")
 """How a rephrased question begins ("showss" occurs in the release)."""
 
-_LEADING = frozenset("that who which for to on in of at by with from about into through how the a an and or is are using".split())
+_LEADING = frozenset(
+    "that who which for to on in of at by with from about into through how the a an and or is are using".split()
+)
 _TRAILING = (
     frozenset(
         """

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from datamodules.micro_world import FIRST_WORDS, OBJECTS
 
-_MODULES = {"image": "datamodules.micro_pages", "audio": "datamodules.micro_speech"}
+_MODULES = {"image": "datamodules.micro_pages", "audio": "datamodules.micro_utterances"}
 
 IGNORE = -100
 """A label that no loss counts."""
@@ -32,7 +32,7 @@ class LocalLabel:
     """What every position of the tower (patch, frame) learns to name, before the last layer; for reading, not kept.
 
     name: key in the tower's batches, int64 [B, positions], IGNORE where nobody can say.
-    classes: number of classes; background: the one that says "nothing here", which is most positions and so counts less.
+    classes: how many; background: the one that says "nothing here", which is most positions and so counts less.
     weight: of its loss.
     """
 
@@ -66,7 +66,7 @@ class MicroMedium(Protocol):
 
         - what the blueprint's `states` reads (pixels, features),
         - every label of `local`,
-        - first, object, style: int64 [B], classes of the whole medium with `caption_sizes` of them; the last class of each is
+        - first, object, style: int64 [B], classes of the whole medium, `caption_sizes` of them; the last of each is
           "nothing there" or "no known style"; first = IGNORE where the medium is not one phrase.
         """
 

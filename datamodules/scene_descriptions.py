@@ -21,34 +21,34 @@ from mllm.smol import text_model_folder
 EXAMPLES = (
     (
         "fold a paper kite",
-        "A close view of two hands at a wooden table. They fold a large red sheet of paper along its middle, press the "
-        "edge flat, and lift a finished kite into the light of a window.",
+        "A close view of two hands at a wooden table. They fold a large red sheet of paper along its middle, press "
+        "the edge flat, and lift a finished kite into the light of a window.",
     ),
     (
         "a vintage telescope",
-        "A brass telescope stands on a tripod on a balcony at dusk. The camera moves slowly around it; the lens catches "
-        "the last light, and stars appear over the roofs behind.",
+        "A brass telescope stands on a tripod on a balcony at dusk. The camera moves slowly around it; the lens "
+        "catches the last light, and stars appear over the roofs behind.",
     ),
     (
         "repair a bicycle in the rain",
-        "A woman in a yellow coat kneels beside an upturned bicycle on a wet street. She turns the pedal, the chain runs "
-        "over the wheel, and rain drips from the saddle.",
+        "A woman in a yellow coat kneels beside an upturned bicycle on a wet street. She turns the pedal, the chain "
+        "runs over the wheel, and rain drips from the saddle.",
     ),
     (
         "sell vegetables at a market",
-        "A stall piled with tomatoes and leeks in the morning. A man weighs a bunch of carrots, hands it to a customer, "
-        "and takes coins while people walk past.",
+        "A stall piled with tomatoes and leeks in the morning. A man weighs a bunch of carrots, hands it to a "
+        "customer, and takes coins while people walk past.",
     ),
     (
         "train a dog to jump",
-        "A brown dog runs across a meadow towards a low wooden bar. A boy raises his arm, the dog leaps over the bar in "
-        "slow motion, and the boy kneels to stroke it.",
+        "A brown dog runs across a meadow towards a low wooden bar. A boy raises his arm, the dog leaps over the bar "
+        "in slow motion, and the boy kneels to stroke it.",
     ),
 )
 SHOWN = 2
 ASK = (
-    "Describe a short video clip (5 seconds) that shows the phrase below as a scene: who or what is seen, what moves, the "
-    "place and the light. Two or three plain sentences, only what a camera would see, no text in the picture.\n\n"
+    "Describe a short video clip (5 seconds) that shows the phrase below as a scene: who or what is seen, what moves, "
+    "the place and the light. Two or three plain sentences, only what a camera would see, no text in the picture.\n\n"
     "{examples}Phrase: {phrase}\nScene:"
 )
 
@@ -94,7 +94,9 @@ def _from_file(phrases: Mapping[str, str], path: str | None) -> dict[str, str]:
         raise ValueError(f"build.scenes.path={path}: cannot be read as JSON ({error})") from error
     lacking = [k for k in phrases if not isinstance(values, dict) or not str(values.get(k) or "").strip()]
     if lacking:
-        raise ValueError(f"{path}: no description under {lacking[0]!r} and {len(lacking) - 1} more; expected one for each")
+        raise ValueError(
+            f"{path}: no description under {lacking[0]!r} and {len(lacking) - 1} more; expected one for each"
+        )
     return {key: " ".join(str(values[key]).split()) for key in phrases}
 
 

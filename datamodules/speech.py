@@ -20,7 +20,7 @@ import ctypes.util
 import difflib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,16 @@ _SYNCHRONOUS, _DONT_EXIT, _UTF8 = 0x02, 0x8000, 1  # espeak_AUDIO_OUTPUT, espeak
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4  # espeak_PARAMETER
 _WORD = 1  # espeak_EVENT_TYPE
 _SILENT = 2e-3  # largest sample of what is cut off at both ends
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What is to be said; the arguments of `synthesize`."""
+
+    text: str
+    voice: str = "en"
+    speed: int = 160
+    pitch: int = 50
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,7 @@ class _Engine:
             seed(ctypes.c_long(1))
         self.lib.espeak_ListVoices.restype = ctypes.POINTER(ctypes.POINTER(_Voice))
         self.chunks: list[np.ndarray] = []
-        self.marks: list[tuple[int, int, int]] = []  # ms, first character, characters
+        self.marks: list[tuple[int, int, int]] = []
         self._receive = _CALLBACK(self._received)  # kept: ctypes would free it
         self.lib.espeak_SetSynthCallback(self._receive)
 
@@ -147,6 +157,8 @@ class _Engine:
             at += 1
 
     def speak(self, text: str, voice: str, speed: int, pitch: int) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+        """Samples, and for every word (ms, its first character, characters)."""
+        self.chunks, self.marks = [], []
         if self.lib.espeak_SetVoiceByName(voice.encode()):
             raise ValueError(f"voice={voice!r}: espeak-ng cannot load it")
         for parameter, value in ((_RATE, speed), (_VOLUME, 100), (_PITCH, pitch), (_RANGE, 50)):
@@ -188,19 +200,29 @@ def synthesize(text: str, voice: str = "en", speed: int = 160, pitch: int = 50, 
     Raises:
         ValueError: no espeak-ng, an unknown voice, a number out of range, or a text of which nothing is spoken.
     """
-    for name, value, (low, high) in (("speed", speed, SPEEDS), ("pitch", pitch, PITCHES)):
-        if not low <= value <= high:
-            raise ValueError(f"{name}={value}: expected {low} to {high}")
-    if "\0" in text:
-        raise ValueError("text: has a character NUL, which ends a text for espeak-ng; take it out")
-    _check_voice(voice)
+    return synthesize_all([Utterance(text, voice, speed, pitch)], rate)[0]
+
+
+def synthesize_all(utterances: Sequence[Utterance], rate: int | None = None) -> list[Speech]:
+    """All of them by one copy of the library, 1 ms each: a function of the whole sequence, not of each utterance alone.
+
+    Raises:
+        ValueError: as `synthesize`, before anything is spoken except where a text has no sound.
+    """
+    for utterance in utterances:
+        _check(utterance)
     with _lock, _Engine() as engine:
-        wave, marks = engine.speak(text, voice, speed, pitch)
-        native = engine.rate
-    loud = np.flatnonzero(np.abs(wave) > _SILENT)
+        return [_speech(u, *engine.speak(u.text, u.voice, u.speed, u.pitch), engine.rate, rate) for u in utterances]
+
+
+def _speech(
+    utterance: Utterance, wave: np.ndarray, marks: Sequence[tuple[int, int, int]], native: int, rate: int | None
+) -> Speech:
+    """Trims the silence at both ends, times the words, resamples."""
+    text, loud = utterance.text, np.flatnonzero(np.abs(wave) > _SILENT)
     if not len(loud):
         raise ValueError(
-            f"nothing is spoken of a text of {len(text)} characters: it has no word of the voice {voice!r}"
+            f"nothing is spoken of a text of {len(text)} characters: it has no word of the voice {utterance.voice!r}"
         )
     first, last = max(int(loud[0]) - 200, 0), min(int(loud[-1]) + 200, len(wave))  # 9 ms of margin
     wave = wave[first:last]
@@ -214,8 +236,14 @@ def synthesize(text: str, voice: str = "en", speed: int = 160, pitch: int = 50, 
     return Speech(wave.clip(-1, 1), rate or native, words)
 
 
-def _check_voice(voice: str) -> None:
+def _check(utterance: Utterance) -> None:
     """espeak-ng takes an unknown speaker without a word, and a name with slashes for a file."""
+    for key, value, (low, high) in (("speed", utterance.speed, SPEEDS), ("pitch", utterance.pitch, PITCHES)):
+        if not low <= value <= high:
+            raise ValueError(f"{key}={value}: expected {low} to {high}")
+    if "\0" in utterance.text:
+        raise ValueError("text: has a character NUL, which ends a text for espeak-ng; take it out")
+    voice = utterance.voice
     language, plus, variant = voice.partition("+")
     kinds = [("language", language, voices())] + ([("speaker", variant, variants())] if plus else [])
     for kind, name, known in kinds:

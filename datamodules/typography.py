@@ -53,7 +53,9 @@ def figstep_image(instruction: str, font: str | None = None) -> tuple[Image.Imag
     draw = ImageDraw.Draw(image)
     letters = _font(font_file(font, MONO), FIGSTEP_FONT)
     for number, line in enumerate(lines):
-        draw.text((FIGSTEP_AT[0], FIGSTEP_AT[1] + number * FIGSTEP_PITCH), line, font=letters, fill="black", anchor="ls")
+        draw.text(
+            (FIGSTEP_AT[0], FIGSTEP_AT[1] + number * FIGSTEP_PITCH), line, font=letters, fill="black", anchor="ls"
+        )
     room = (FIGSTEP_SIZE[1] - FIGSTEP_AT[1]) // FIGSTEP_PITCH + 1
     return image, max(0, len(lines) - room)
 
@@ -93,7 +95,8 @@ def font_file(font: str | None, default: str = SANS) -> str:
     """The font's file; None: `default` out of matplotlib's data. Raises ValueError if it is not there or no font."""
     if font is None:
         spec = importlib.util.find_spec("matplotlib")  # found, not imported: that takes a second
-        assert spec is not None and spec.submodule_search_locations, "matplotlib is a requirement of this package"
+        assert spec is not None, "matplotlib is a requirement of this package"
+        assert spec.submodule_search_locations, "matplotlib is a package"
         font = str(Path(spec.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf" / default)
     try:
         _font(font, 10)
@@ -108,7 +111,9 @@ def _font(path: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
-def _fitted(draw: ImageDraw.ImageDraw, text: str, size: tuple[int, int], font: str) -> tuple[str, ImageFont.FreeTypeFont]:
+def _fitted(
+    draw: ImageDraw.ImageDraw, text: str, size: tuple[int, int], font: str
+) -> tuple[str, ImageFont.FreeTypeFont]:
     """The words in lines, and the font in the largest of some sizes in which they fit."""
     width, height = (side * (1 - 2 * MARGIN) for side in size)
     words = text.split()

@@ -56,12 +56,13 @@ def spoken_items(
     items = []
     for task in tasks:
         for q in questions:
-            recipe = {**made, "text": q.texts["text_only"] if task == "audio_only" else phrases[q.key]}
+            text = q.texts["text_only"] if task == "audio_only" else phrases[q.key]
+            recipe = {**made, "text": text}
             if task == "kpt_noise":
                 noise = {"noise_seconds": build.noise_seconds, "noise_level": build.noise_level}
                 recipe |= {**noise, "seed": zlib.crc32(f"{seed}/{q.key}".encode())}
             path = medium_path(Path(), "audio", q, task, build.audio_suffix).as_posix()
-            items.append(Item(path, recipe, _about(q, task, recipe["text"])))
+            items.append(Item(path, recipe, _about(q, task, text)))
     return items
 
 

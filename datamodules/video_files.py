@@ -147,7 +147,9 @@ def _length(container: Any, stream: Any) -> tuple[int, float]:
 def _check(stream: Any, count: int, seconds: float, rules: MediaRules) -> None:
     width, height = stream.codec_context.width, stream.codec_context.height
     if seconds > rules.max_seconds:
-        raise _Refused(f"{seconds:.1f} s long, at most {rules.max_seconds:g} are taken; cut it or set media.max_seconds")
+        raise _Refused(
+            f"{seconds:.1f} s long, at most {rules.max_seconds:g} are taken; cut it or set media.max_seconds"
+        )
     if count > rules.max_seconds * 240:
         raise _Refused(f"{count} frames in {seconds:.1f} s: no camera is so fast; expected at most 240 a second")
     if width * height > rules.max_pixels:

@@ -43,7 +43,9 @@ def load_pipeline(settings: Pipeline, device: torch.device | str = "cpu") -> Any
             trust_remote_code=False,
         )
     except (OSError, ValueError, ImportError, AttributeError) as error:
-        raise ValueError(f"build.pipeline.path={settings.path}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"build.pipeline.path={settings.path}: cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

@@ -158,7 +158,7 @@ def key_phrases(cfg: Config, questions: Sequence[Question], task: str, folder: P
     lacking = [q for q in questions if not found[q.key]]
     if lacking:
         log.info("%d key phrases come from the extractor of `concepts`", len(lacking))
-        records = [Record(q.key, q.texts["text_only"], "-", harmful=True, source=q.where) for q in lacking]
+        records = [Record(q.key, q.texts["text_only"], "-", None, harmful=True, source=q.where) for q in lacking]
         with Progress("key phrases", len(records), "questions") as progress:
             extraction = with_concepts(records, cfg.concepts, progress.advance, str(device_of(cfg)))
         if extraction.failures:

@@ -43,7 +43,10 @@ def run(cfg: Config, run: Run) -> None:
     if cfg.real.path is None:
         raise ValueError("real.path is not set; the stage encode reads a JSONL file of real media: real.path=FILE")
     rows_hash = hashlib.sha256(Path(cfg.real.path).read_bytes()).hexdigest()[:16]
-    made_from = {**run.settings("model", "concepts", "store", "real", *media_keys(cfg)), "real.path's content": rows_hash}
+    made_from = {
+        **run.settings("model", "concepts", "store", "real", *media_keys(cfg)),
+        "real.path's content": rows_hash,
+    }
     made_from.pop("model.lora_targets")
     # In a run without synthetic embeddings the stage makes the store.
     mixed = cfg.store.path is None and (run.path / "synthesize" / "stage.json").is_file()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from configs.schema import Config
 from datamodules.media_files import MediaRules
 from mllm.loading import MLLM
-from mllm.media import sampling_rate
+from mllm.media import blank_medium, sampling_rate
 
 
 def media_rules(cfg: Config, mllm: MLLM, fit: bool = False) -> MediaRules:
@@ -15,8 +15,11 @@ def media_rules(cfg: Config, mllm: MLLM, fit: bool = False) -> MediaRules:
         fit: bring every medium to the size of the blank (pixels; silence up to its length), as embeddings need that
             are to stand in one store.
     """
-    m, modality, blank = cfg.media, mllm.spec.modality, mllm.prompts.blank
-    frames, size, samples = m.frames, None, None
+    m, modality = cfg.media, mllm.spec.modality
+    blank = blank_medium(cfg.model, mllm.processor)
+    frames, size, samples, seconds = m.frames, None, None, m.max_seconds
+    if modality == "audio" and cfg.model.max_seconds is not None:
+        seconds = min(seconds, cfg.model.max_seconds)
     if modality == "video" and m.frames is None and m.fps is None:
         frames = len(blank)  # as many as an embedding stands for
     if fit and modality == "audio":
@@ -32,7 +35,7 @@ def media_rules(cfg: Config, mllm: MLLM, fit: bool = False) -> MediaRules:
         sample_rate=sampling_rate(mllm.processor) if modality == "audio" else None,
         resample=m.resample,
         samples=samples,
-        max_seconds=m.max_seconds,
+        max_seconds=seconds,
         max_pixels=m.max_pixels,
         max_megabytes=m.max_megabytes,
     )

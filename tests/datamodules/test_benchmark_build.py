@@ -80,7 +80,9 @@ def test_what_is_there_is_not_made_again_and_what_changed_is(tmp_path: Path) -> 
 def test_a_failure_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
     folder, wrong = BenchmarkFolder(tmp_path, workers=2), items(3)
     wrong[1] = Item("Video/1.mp4", {**TYPO, "phrase": "x" * 300}, wrong[1].about)
-    with pytest.raises(ValueError, match=r"1 of 3 files could not be made, the first: Video/1\.mp4: 1 words .*do not fit"):
+    with pytest.raises(
+        ValueError, match=r"1 of 3 files could not be made, the first: Video/1\.mp4: 1 words .*do not fit"
+    ):
         folder.make(wrong, va_media.make)
     assert sorted(read_manifest(tmp_path)) == ["Video/0.mp4", "Video/2.mp4"]
     assert len(BenchmarkFolder(tmp_path).make(items(3), va_media.make)) == 3
@@ -120,7 +122,9 @@ def test_after_kill_9_nothing_is_made_twice_and_no_process_is_left(tmp_path: Pat
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, str(program), str(out)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, str(program), str(out)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     manifest, end = out / "manifest.jsonl", time.monotonic() + 120
     while not (manifest.is_file() and manifest.read_text().count("\n") >= 5):
         assert process.poll() is None, "it ended before it could be killed"

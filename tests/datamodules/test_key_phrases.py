@@ -19,14 +19,24 @@ from tests.va_questions import REQUESTS, texts
         ("List ways to win at chess.", "Can you list ways to perform this activity?", "win at chess"),
         ("Steps for painting a fence in detail.", "Steps to perform this activity in detail.", "painting a fence"),
         # looser rephrasings
-        ("List clubs for outdoor chess.", "Can you provide the names of clubs for this type of game?", "outdoor chess"),
-        ("List tips to paint a neighbour's fence.", "List tips to do this activity for a fence.", "paint a neighbour's fence"),
-        ("List steps to clean windows with vinegar.", "List steps to perform this activity on windows with vinegar.", "clean windows"),
+        ("List clubs for outdoor chess.", "Can you name clubs for this type of game?", "outdoor chess"),
+        (
+            "List tips to paint a neighbour's fence.",
+            "List tips to do this activity for a fence.",
+            "paint a neighbour's fence",
+        ),
+        (
+            "List steps to clean windows with vinegar.",
+            "List steps to perform this activity on windows with vinegar.",
+            "clean windows",
+        ),
         ("List games that please children.", "Can you provide games that perform this activity?", "please children"),
         ("List steps to grow tomatoes.", "List steps to grow tomatoes.", None),
     ],
-)  # fmt: skip
-@pytest.mark.parametrize("start", ["", "The video shows a phrase of an activity. ", "The end of the audio showss a phrase of a product. "])
+)
+@pytest.mark.parametrize(
+    "start", ["", "The video shows a phrase of an activity. ", "The end of the audio showss a phrase of a product. "]
+)
 def test_the_phrase_is_what_the_rephrasing_leaves_out(
     question: str, rephrased: str, phrase: str | None, start: str
 ) -> None:

@@ -65,5 +65,5 @@ def test_a_file_describes(tmp_path: Path) -> None:
     path.write_text("no json")
     with pytest.raises(ValueError, match=r"scenes\.json: cannot be read as JSON"):
         describe(Scenes(source="file", path=str(path)))
-    with pytest.raises(ValueError, match="build.scenes.path is not set"):
+    with pytest.raises(ValueError, match=r"build.scenes.path is not set"):
         describe(Scenes(source="file"))

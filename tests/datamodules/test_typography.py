@@ -24,7 +24,9 @@ def ink(frame: np.ndarray) -> tuple[int, int, int, int]:
 @pytest.mark.parametrize("text", ["kite", "a", "internationalisation", "fold a rather large paper kite in the park"])
 def test_words_are_white_on_black_in_the_middle_and_inside(text: str, size: tuple[int, int]) -> None:
     if len(text) >= 20 and size[0] == 64:
-        with pytest.raises(ValueError, match=rf"{len(text.split())} words \({len(text)} letters\) do not fit into 64 x 48"):
+        with pytest.raises(
+            ValueError, match=rf"{len(text.split())} words \({len(text)} letters\) do not fit into 64 x 48"
+        ):
             word_frame(text, size)
         return
     frame = word_frame(text, size)

@@ -68,7 +68,9 @@ def test_a_missing_medium_is_named_unless_its_task_is_left_out(root: Path) -> No
     assert len(read_va_safetybench_video(root, ["typo", "dm_typo"])) == 6
     prompt = next(p for p in read_va_safetybench_video(root, ["typo"]) if p.id.endswith("Fraud-1"))
     prompt.media.write_bytes(b"damage")
-    with pytest.raises(ValueError, match=r"TYPO/1\.mp4: cannot be read as a video .*; prompt va_safetybench_video-typo"):
+    with pytest.raises(
+        ValueError, match=r"TYPO/1\.mp4: cannot be read as a video .*; prompt va_safetybench_video-typo"
+    ):
         open_media(prompt, MediaRules("video"))
     prompt.media.unlink()
     with pytest.raises(ValueError, match=r"TYPO/1\.mp4: no such video \(prompt va_safetybench_video-typo-6-Fraud-1\)"):
@@ -79,7 +81,7 @@ def test_media_outside_of_the_folder_are_not_opened(root: Path, tmp_path_factory
     secret = video(tmp_path_factory.mktemp("outside") / "secret.mp4", colours(2))
     (root / "Video/6-Fraud/DM/0.mp4").unlink()
     (root / "Video/6-Fraud/DM/0.mp4").symlink_to(secret)
-    with pytest.raises(ValueError, match="question '0'.* lies outside"):
+    with pytest.raises(ValueError, match=r"question '0'.* lies outside"):
         read_va_safetybench_video(root, ["dm"])
 
 
@@ -106,7 +108,7 @@ def test_other_mistakes_are_named(tmp_path: Path) -> None:
     write_questions(tmp_path, "audio")
     with pytest.raises(ValueError, match="audio tasks dm are unknown; expected some of text_only, audio_only"):
         read_va_safetybench_audio(tmp_path, ["dm"])
-    with pytest.raises(ValueError, match="7-Sex.json: no such file"):
+    with pytest.raises(ValueError, match=r"7-Sex.json: no such file"):
         read_questions(tmp_path, "audio", ["7-Sex"])
     with pytest.raises(ValueError, match=r"scenario\(s\) Fraud unknown, expected some of 1-Illegal"):
         read_questions(tmp_path, "audio", ["Fraud"])

@@ -36,7 +36,9 @@ def test_every_frame_comes_back_in_order(tmp_path: Path) -> None:
         (MediaRules("video", fps=0.1), [0]),
     ],
 )
-def test_the_frames_that_were_asked_for_are_evenly_spread(tmp_path: Path, rules: MediaRules, indices: list[int]) -> None:
+def test_the_frames_that_were_asked_for_are_evenly_spread(
+    tmp_path: Path, rules: MediaRules, indices: list[int]
+) -> None:
     frames = colours(12)
     clip = open_medium(video(tmp_path / "a.mp4", frames, fps=8), rules)
     assert np.abs(np.array(levels(clip.frames)) - np.array(levels(frames[indices]))).max() <= 3
@@ -53,7 +55,7 @@ def test_the_same_frames_give_the_same_bytes() -> None:
 
 
 def test_odd_sides_no_frames_and_changing_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="31 x 16 px: H.264 wants even sides"):
+    with pytest.raises(ValueError, match=r"31 x 16 px: H.264 wants even sides"):
         encode_video(colours(2, (31, 16)), 10)
     with pytest.raises(ValueError, match="at least one frame"):
         encode_video([], 10)
@@ -145,7 +147,7 @@ def test_few_frames_of_a_long_clip_are_not_too_much(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", colours(200))
     rules = MediaRules("video", frames=4, max_megabytes=0.02)
     assert open_medium(path, rules).frames.shape[0] == 4
-    with pytest.raises(ValueError, match="set media.frames"):
+    with pytest.raises(ValueError, match=r"set media.frames"):
         open_medium(path, MediaRules("video", max_megabytes=0.02))
 
 

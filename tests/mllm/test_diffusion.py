@@ -11,7 +11,7 @@ import torch
 
 from configs.schema import Pipeline
 from mllm.diffusion import load_pipeline, make_clip
-from tests.tiny_pipeline import tiny_text_to_video
+from tests.tiny_text_to_video import tiny_text_to_video
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_pipeline_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="build.pipeline.path is not set"):
+    with pytest.raises(ValueError, match=r"build.pipeline.path is not set"):
         load_pipeline(settings(None))
     with pytest.raises(ValueError, match=rf"build.pipeline.path={tmp_path}: cannot be loaded"):
         load_pipeline(settings(tmp_path))

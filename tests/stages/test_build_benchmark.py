@@ -14,7 +14,8 @@ import train
 from datamodules.benchmark_build import check_row, read_manifest
 from datamodules.benchmarks import open_media, read_figstep, read_va_safetybench_audio, read_va_safetybench_video
 from datamodules.media_files import MediaRules, open_medium
-from tests.tiny_pipeline import tiny_text_to_video
+from tests.loopback import LoopbackServer
+from tests.tiny_text_to_video import tiny_text_to_video
 from tests.va_questions import write_questions
 
 SMALL = ["build.size=[64,48]", "build.fps=8", "build.word_seconds=0.5", "build.workers=2"]
@@ -60,7 +61,11 @@ def test_video_typo_shows_one_word_at_a_time(tmp_path: Path) -> None:
 def test_dm_goes_through_a_pipeline_and_dm_typo_ends_with_the_phrase(tmp_path: Path) -> None:
     source = write_questions(tmp_path / "source", "video")
     scenes = tmp_path / "scenes.json"
-    scenes.write_text(json.dumps({f"{s}/{i}": f"A scene, number {i}." for s, i in (("6-Fraud", 0), ("6-Fraud", 1), ("2-HateSpeech", 2))}))
+    scenes.write_text(
+        json.dumps(
+            {f"{s}/{i}": f"A scene, number {i}." for s, i in (("6-Fraud", 0), ("6-Fraud", 1), ("2-HateSpeech", 2))}
+        )
+    )
     dm = [f"build.pipeline.path={tiny_text_to_video(tmp_path / 'tiny')}", *PIPELINE, "build.scenes.source=file"]
     dm += [f"build.scenes.path={scenes}", "build.phrase_seconds=0.5"]
     assert start("build_va_safetybench_video", tmp_path / "run", source, *SMALL, *dm) == 0
@@ -99,7 +104,10 @@ def test_figstep_is_built_as_its_reader_wants_it(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     header = ["dataset", "category_id", "task_id", "category_name", "question", "instruction"]
-    rows = [["ForbidQI", "1", str(i), "Crafts", "How?", f"Methods to fold {'very ' * 20 * (i == 2)}kites."] for i in (1, 2, 3)]
+    rows = [
+        ["ForbidQI", "1", str(i), "Crafts", "How?", f"Methods to fold {'very ' * 20 * (i == 2)}kites."]
+        for i in (1, 2, 3)
+    ]
     with (source / "safebench.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
     assert start("build_figstep", tmp_path / "run", source, "build.limit=2") == 0
@@ -136,7 +144,15 @@ def test_a_phrase_that_cannot_be_seen_comes_from_the_extractor_or_is_named(
     path.write_text(json.dumps(values))
     assert start("build_va_safetybench_video", tmp_path / "run", source, *SMALL, "concepts=given") == 1
     assert "6-Fraud.json, question '0': no key phrase (no concept in the data" in capsys.readouterr().err
-    values["0"]["Key_phrase"] = "paper kite"
+    concept = {"phrase": "a paper kite", "kind": "product", "sentence": "a paper kite"}
+    reply = json.dumps(concept | {"instruction": "List steps to fold this product in the park."})
+    with LoopbackServer(answer=lambda body: reply) as server:
+        api = ["concepts=api", f"concepts.api.base_url={server.base_url}", "concepts.api.key_env="]
+        api += [f"concepts.api.cache_dir={tmp_path / 'cache'}", "overwrite=true"]
+        assert start("build_va_safetybench_video", tmp_path / "run", source, *SMALL, *api) == 0
+    found = (tmp_path / "run" / "build_benchmark" / "data" / "key_phrases.json").read_text()
+    assert json.loads(found) == {"6-Fraud/0": "a paper kite"}
+    values["0"]["Key_phrase"] = "paper kite"  # the data's own goes first
     path.write_text(json.dumps(values))
     assert start("build_va_safetybench_video", tmp_path / "run2", source, *SMALL) == 0
     folder = tmp_path / "run2" / "build_benchmark" / "data"

@@ -17,7 +17,7 @@ from datamodules.benchmarks import open_media
 from datamodules.mm_safetybench import QUESTIONS, read_mm_safetybench
 from datamodules.typography import phrase_image
 from tests.mm_safetybench import write_questions
-from tests.tiny_pipeline import tiny_text_to_image
+from tests.tiny_text_to_image import tiny_text_to_image
 
 
 @pytest.fixture(scope="module")

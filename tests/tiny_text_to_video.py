@@ -1,6 +1,6 @@
 """A random text-to-video pipeline of `diffusers` in a folder, of about 100 kB: the real classes, tiny sizes.
 
-    python -m tests.tiny_pipeline FOLDER
+python -m tests.tiny_text_to_video FOLDER
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def tiny_text_to_video(folder: Path) -> Path:
                 eos_token_id=189,
             )
         ),
-        tokenizer=CLIPTokenizer(*_letters(folder), model_max_length=77),
+        tokenizer=CLIPTokenizer(*letters(folder), model_max_length=77),
         unet=UNet3DConditionModel(
             block_out_channels=(8, 8),
             layers_per_block=1,
@@ -53,45 +53,7 @@ def tiny_text_to_video(folder: Path) -> Path:
     return folder / "pipeline"
 
 
-def tiny_text_to_image(folder: Path) -> Path:
-    """The same for pictures."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
-            latent_channels=4,
-            norm_num_groups=2,
-        ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-            )
-        ),
-        tokenizer=CLIPTokenizer(*_letters(folder), model_max_length=77),
-        unet=UNet2DConditionModel(
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=4,
-            norm_num_groups=2,
-        ),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder / "pipeline", safe_serialization=True)
-    return folder / "pipeline"
-
-
-def _letters(folder: Path) -> tuple[str, str]:
+def letters(folder: Path) -> tuple[str, str]:
     """A CLIP vocabulary of single letters, and no merges."""
     letters = [chr(c) for c in range(33, 127)]
     tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
