@@ -1,4 +1,4 @@
-"""Words as pictures: frames of VA-SafetyBench's TYPO clips, FigStep's lists, MM-SafetyBench's phrases, drawn with Pillow.
+"""Words as pictures, drawn with Pillow: VA-SafetyBench's TYPO frames, FigStep's lists, MM-SafetyBench's phrases.
 
 The font is DejaVu, which comes with matplotlib, or a file of your own. FigStep (arXiv 2311.05608, src/
 generate_prompts.py) draws with FreeMono Bold of 80 px at (20, 10), 15 letters a line, black on 760 x 760 px of white;

@@ -1,6 +1,6 @@
 """Stage `export`: an adapter merged into its model, as a plain folder that `transformers` alone loads.
 
-python train.py experiment=export model=llava_1_5_7b export.adapter=runs/sea_image/mine/align/sea_dpo/adapter
+python train.py experiment=export model=NAME export.adapter=runs/sea_image/mine/align/sea_dpo/adapter
 """
 
 from __future__ import annotations
