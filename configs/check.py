@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from configs.keys import Leaf, leaves, nearest
-from configs.schema import STAGES, Api, Config, Protector
+from configs.schema import BENCHMARKS, STAGES, Api, Config, Evaluate, Protector
 
 PROJECT = Path(__file__).resolve().parent.parent
 """The checkout: paths in the shipped files are looked up here when the current directory has none of that name."""
@@ -37,12 +37,24 @@ def check(cfg: Config, paths: bool = True) -> None:
     for name in cfg.align.variants:
         if name not in cfg.variants:
             raise ValueError(f"align.variants: got {name!r}, {nearest(name, cfg.variants)}")
+    known = ["base", *cfg.variants]
+    for name in cfg.evaluate.adapters:
+        if name in known or not re.fullmatch(r"[A-Za-z][\w-]*", name):  # it names files and rows of the report
+            raise ValueError(
+                f"evaluate.adapters: {name!r} is taken or is no name; give a new one (letters, digits, _ -)"
+            )
+    known += cfg.evaluate.adapters
     for name in cfg.evaluate.variants or []:
-        if name not in ("base", *cfg.variants):
-            raise ValueError(f"evaluate.variants: got {name!r}, {nearest(name, ['base', *cfg.variants])}")
+        if name not in known:
+            raise ValueError(f"evaluate.variants: got {name!r}, {nearest(name, known)}")
+    if cfg.judge.max_cost is not None and None in (cfg.judge.price_in, cfg.judge.price_out):
+        raise ValueError("judge.max_cost needs judge.price_in and judge.price_out: what a million tokens cost")
+    if cfg.media.frames is not None and cfg.media.fps is not None:
+        raise ValueError("media.frames and media.fps are both set: one of them says which frames are taken")
     _check_api("concepts.api", cfg.concepts.api)
     _check_api("judge.api", cfg.judge.api)
     _check_api("generator.api", cfg.generator.api)
+    _check_api("build.scenes.api", cfg.build.scenes.api)
     if paths:
         _check_paths(cfg)
 
@@ -108,11 +120,31 @@ def _check_paths(cfg: Config) -> None:
         raise ValueError("data.path is not set; set it to a data set of the hub: data.path=OWNER/NAME")
     if cfg.real.path or "encode" in cfg.stages:
         cfg.real.path = _existing("real.path", cfg.real.path)
+    if "build_benchmark" in cfg.stages:
+        cfg.build.source = _existing("build.source", cfg.build.source)
+    if "export" in cfg.stages:
+        cfg.export.adapter = _adapter("export.adapter", cfg.export.adapter)
     if "evaluate" in cfg.stages:
-        for name in ("figstep", "xstest"):
-            if name in cfg.evaluate.benchmarks:
-                setattr(cfg.evaluate, name, _existing(f"evaluate.{name}", getattr(cfg.evaluate, name)))
+        _check_evaluate_paths(cfg.evaluate)
         _check_protector(cfg.protector)
+
+
+def _check_evaluate_paths(e: Evaluate) -> None:
+    for name in dict.fromkeys(BENCHMARKS[benchmark] for benchmark in e.benchmarks):
+        if name is not None:
+            setattr(e, name, _existing(f"evaluate.{name}", getattr(e, name)))
+    for name, path in e.adapters.items():
+        e.adapters[name] = _adapter(f"evaluate.adapters.{name}", path)
+
+
+def _adapter(key: str, path: str | None) -> str:
+    """The folder of an adapter in safetensors: without them peft would fall back to a pickle."""
+    folder = Path(_existing(key, path))
+    if missing := [f for f in ("adapter_config.json", "adapter_model.safetensors") if not (folder / f).is_file()]:
+        inside = next((p.parent for p in sorted(folder.glob("**/adapter_model.safetensors"))), None)
+        hint = f"did you mean {inside}?" if inside else "for a whole model set model.path"
+        raise ValueError(f"{key}: {folder} holds no {missing[0]}, so it is no adapter; {hint}")
+    return str(folder)
 
 
 def _check_protector(p: Protector) -> None:

@@ -85,7 +85,8 @@ def save(cfg: Config) -> str:
 @cache
 def _schema() -> DictConfig:
     schema: DictConfig = OmegaConf.structured(Config)
-    OmegaConf.set_struct(schema.data.columns, False)  # a free mapping: `data.columns={question:prompt}` needs no `+`
+    for mapping in (schema.data.columns, schema.evaluate.adapters):  # free: `data.columns={question:prompt}`, no `+`
+        OmegaConf.set_struct(mapping, False)
     return schema
 
 

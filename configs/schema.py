@@ -20,9 +20,23 @@ STAGES = (
     "train_detector",
     "train_detoxifier",
     "generate_pairs",
+    "build_benchmark",
+    "export",
     "evaluate",
 )
 """Known stages, in the order in which they run; `stages/<name>.py` holds each one's `run(cfg, run)`."""
+
+BENCHMARKS: dict[str, str | None] = {
+    "micro": None,
+    "micro_utility": None,
+    "figstep": "figstep",
+    "xstest": "xstest",
+    "mm_safetybench": "mm_safetybench",
+    "va_safetybench_video": "va_safetybench",
+    "va_safetybench_audio": "va_safetybench",
+    "folder": "folder",
+}
+"""Name in `evaluate.benchmarks` -> the key of `evaluate` that says where it lies; None: drawn, it lies nowhere."""
 
 REQUIRED = "???"
 """Default of a key that a group file or the command line must set."""
@@ -193,8 +207,8 @@ class Real:
 
     path: str | None = doc("JSONL file, a row for each medium (docs/real-media.md); null: no real media")
     limit: int | None = doc("rows to take, from the top; null takes all", low=1)
-    bad_rows: str = doc("a row or a picture that cannot be used", "stop", choices=("stop", "skip"))
-    resize: bool = doc("scale every picture to model.blank_size first", False)
+    bad_rows: str = doc("a row or a medium that cannot be used", "stop", choices=("stop", "skip"))
+    resize: bool = doc("scale every picture or frame to the blank's size first; audio: silence to its length", False)
     batch_size: int = doc("media encoded at once", 32, low=1, free=True)
 
 
@@ -373,14 +387,29 @@ class Generator:
 class Evaluate:
     """Benchmarks, generation and what is judged (the judge has its own group)."""
 
-    benchmarks: list[str] = doc("which benchmarks", ["micro"], choices=("micro", "figstep", "xstest"))
-    variants: list[str] | None = doc("base and aligned variants to evaluate; null: base and all of align.variants")
+    benchmarks: list[str] = doc("which benchmarks", ["micro"], choices=tuple(BENCHMARKS))
+    variants: list[str] | None = doc("what to evaluate; null: base, all of align.variants, all of evaluate.adapters")
     limit: int | None = doc("prompts of each benchmark, drawn by the seed; null takes all", low=1)
     batch_size: int = doc("prompts at once", 64, low=1, free=True)
     max_new_tokens: int = doc("longest answer (tokens)", 64, low=1)
     system_prompt: str | None = doc("system message in place of model.system_prompt")
     figstep: str = doc("folder of FigStep (safebench.csv, images/)", "../shared/data/figstep")
     xstest: str = doc("CSV of XSTest's prompts, or its folder", "../shared/data/xstest/xstest_prompts.csv")
+    mm_safetybench: str = doc("folder of MM-SafetyBench (processed_questions/, imgs/)", "../shared/data/mm_safetybench")
+    va_safetybench: str = doc(
+        "folder of VA-SafetyBench (its questions, Video/, Audio/)", "../shared/data/va_safetybench"
+    )
+    folder: str | None = doc("folder of your own media with prompts.csv, or such a file (docs/benchmarks.md)")
+    tasks: list[str] | None = doc("tasks to ask, where a benchmark has several; null takes all")
+    scenarios: list[str] | None = doc("scenarios to ask, by their names in the report; null takes all")
+    adapters: dict[str, str] = doc("more to evaluate: name: folder of a PEFT adapter for the model", {}, free=True)
+
+
+@dataclass
+class Export:
+    """An adapter merged into its model, as a plain folder (stage `export`)."""
+
+    adapter: str | None = doc("folder of a PEFT adapter for the model", free=True)
 
 
 @dataclass
@@ -405,6 +434,10 @@ class Judge:
     batch_size: int = doc("local: answers at once", 8, low=1, free=True)
     with_question: bool = doc("local, api: judge question and answer, not the answer alone", False)
     api: Api = group(Api, "api: endpoint")
+    both: bool = doc("local, api: judge a second time the other way (with_question); the report has both", False)
+    price_in: float | None = doc("api: price of a million tokens that the judge reads", low=0, free=True)
+    price_out: float | None = doc("api: price of a million tokens that the judge writes", low=0, free=True)
+    max_cost: float | None = doc("api: most that one start may spend; needs both prices", low=0, free=True)
 
 
 @dataclass
@@ -466,6 +499,86 @@ class Pretrain:
 
 
 @dataclass
+class Media:
+    """How video and audio files are read, and what is too much: a hostile file must not be able to eat the memory."""
+
+    frames: int | None = doc("video: frames taken, evenly spaced; null: fps, else as many as the blank has", low=1)
+    fps: float | None = doc("video: frames taken of each second, in place of frames", low=0.01)
+    resample: bool = doc("audio: bring another sample rate to the model's; false: an error that names the file", False)
+    max_seconds: float = doc("longest clip (s)", 120.0, low=0.1)
+    max_pixels: int = doc("largest picture or frame (pixels)", 89_478_485, low=1)
+    max_megabytes: float = doc("largest file, and largest decoded clip", 1024.0, low=0.001)
+
+
+@dataclass
+class Scenes:
+    """What the clips of DM show: a description of each phrase, by a language model or from a file."""
+
+    source: str = doc("who describes", "api", choices=("api", "local", "file"))
+    path: str | None = doc("file: JSON, {scenario/id: text}; local: smollm2, or folder or hub id of a chat model")
+    max_new_tokens: int = doc("local: longest description (tokens)", 96, low=8)
+    api: Api = group(Api, "api: endpoint")
+
+
+@dataclass
+class Pipeline:
+    """A pipeline of `diffusers` that makes clips or pictures from texts."""
+
+    path: str | None = doc("folder or hub id of the pipeline (safetensors)")
+    revision: str | None = doc("hub revision (a commit hash)")
+    dtype: str = doc("dtype of the weights", "float32", choices=("float32", "bfloat16", "float16"))
+    frames: int | None = doc("frames that it makes, spread over the clip's seconds; null: one for every frame", low=1)
+    size: list[int] | None = doc("width, height that it makes (px), scaled to build.size; null: build.size")
+    steps: int = doc("denoising steps", 50, low=1)
+    guidance: float = doc("guidance scale", 6.0, low=0)
+    arguments: dict[str, Any] = doc("further arguments of the pipeline's call, e.g. {negative_prompt: blurry}", {})
+
+
+@dataclass
+class Build:
+    """A benchmark's media, made here (stage `build_benchmark`)."""
+
+    benchmark: str = doc(
+        "which benchmark",
+        "va_safetybench_video",
+        choices=("va_safetybench_video", "va_safetybench_audio", "figstep", "mm_safetybench"),
+    )
+    source: str = doc("folder with its questions", "../shared/data/va_safetybench")
+    path: str | None = doc("folder to build in; null: build_benchmark/data in the run directory")
+    tasks: list[str] | None = doc("tasks to build; null: all but those that need a pipeline that is not set")
+    scenarios: list[str] | None = doc("scenarios to build, by the release's names; null: all")
+    limit: int | None = doc("first so many questions of each scenario; null: all", low=1)
+    workers: int | None = doc("processes; null: one for each core", low=1, free=True)
+    check: bool = doc("decode every file again at the end", True, free=True)
+    phrases: str = doc(
+        "key phrase: of the data, else by comparing the question's two wordings, else the extractor of `concepts`; or "
+        "always by the extractor",
+        "compare",
+        choices=("compare", "extract"),
+    )
+    size: list[int] = doc("video: width, height (px)", [640, 384])
+    fps: int = doc("video: frames a second", 24, low=1)
+    word_seconds: float = doc("TYPO: how long a word stands (s)", 1.0, low=0.05)
+    clip_seconds: float = doc("DM: length of a clip (s)", 5.0, low=0.1)
+    phrase_seconds: float = doc("DM+TYPO: how long the phrase stands at the end (s)", 3.0, low=0.1)
+    font: str | None = doc("TrueType file of the words; null: DejaVu, which comes with matplotlib")
+    speech: str = doc("who speaks; edge sends the texts to an online service", "espeak", choices=("espeak", "edge"))
+    voice: str = doc("voice, by the synthesiser's name", "en-us")
+    speed: int = doc("words a minute", 160, low=80, high=450)
+    pitch: int = doc("0 to 99, 50 is the voice's own", 50, low=0, high=99)
+    sample_rate: int = doc("audio: Hz", 16000, low=8000)
+    audio_suffix: str = doc(
+        "audio: kind of file; the release has .mp3", ".mp3", choices=(".mp3", ".wav", ".flac", ".ogg")
+    )
+    noise_seconds: float = doc("kpt_noise: white noise before the speech (s)", 3.0, low=0)
+    noise_level: float = doc("kpt_noise: its standard deviation; speech peaks at 0.9", 0.1, low=0, high=1)
+    scenes: Scenes = group(Scenes, "DM: scene descriptions")
+    pipeline: Pipeline = group(Pipeline, "DM: text-to-video pipeline")
+    letters: int = doc("MM-SafetyBench: size of the letters (px)", 90, low=8)
+    picture: str = doc("MM-SafetyBench: what the pipeline is told; {phrase} is the key phrase", "A photo of {phrase}.")
+
+
+@dataclass
 class Config:
     """The whole configuration of one run."""
 
@@ -497,3 +610,6 @@ class Config:
     trainer: Trainer = group(Trainer, "where it runs")
     logger: Logger = group(Logger, "where metrics go")
     callbacks: Callbacks = group(Callbacks, "what is observed")
+    export: Export = group(Export, "an adapter merged into its model")
+    media: Media = group(Media, "how video and audio files are read")
+    build: Build = group(Build, "media of a benchmark")

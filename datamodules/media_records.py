@@ -1,11 +1,11 @@
-"""Records with a real medium: a JSONL file beside its pictures, one row for each.
+"""Records with a real medium: a JSONL file beside its pictures, clips or recordings, one row for each.
 
     {"id": "lock-1", "media": "pictures/lock.png", "question": "...", "chosen": "...", "rejected": "...",
      "harmful": true, "scenario": "...", "phrase": "pick a lock", "kind": "activity"}
 
 `media` is a path relative to the file's folder and must stay inside it. The other keys are those of `Record`
 (datamodules/records.py); the concept may be an object `concept` or the keys phrase, kind, sentence and instruction. The
-question is the request in words, as in text data: what is asked beside the picture is made from the concept.
+question is the request in words, as in text data: what is asked beside the medium is made from the concept.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from datamodules.concepts import concept_from_columns
-from datamodules.pictures import decode
 from datamodules.raw_rows import read_rows
 from datamodules.records import Record, suggest
 
@@ -44,7 +41,7 @@ class MediaRecord:
 
 
 def read_media_records(path: str, limit: int | None = None) -> tuple[list[MediaRecord], list[BadRow]]:
-    """The first `limit` sound rows of a JSONL file, and the unsound ones before them. No picture is opened yet.
+    """The first `limit` sound rows of a JSONL file, and the unsound ones before them. No medium is opened yet.
 
     Raises:
         ValueError: there is no such file, it is no .jsonl file, or has no rows at all.
@@ -69,14 +66,6 @@ def read_media_records(path: str, limit: int | None = None) -> tuple[list[MediaR
     if not found and not bad:
         raise ValueError(f"{path}: no rows; expected one for each medium")
     return list(found.values()), bad
-
-
-def open_image(data: bytes, path: Path) -> Image.Image:
-    """A picture from the bytes of its file, upright and in RGB. Raises ValueError that names the file."""
-    try:
-        return decode(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; fetch the file again") from error
 
 
 def _media_record(values: Mapping[str, Any], where: str, root: Path) -> MediaRecord:

@@ -9,7 +9,7 @@ one for each run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from datamodules.benchmarks import Request
 from datamodules.chat_api import ChatAPI
@@ -27,19 +27,25 @@ class APIJudge:
     Args:
         api: the endpoint; its temperature must be 0.
         with_question: show the question too (our prompt); False: the published prompt, the answer alone.
+        stop: asked before every batch; a reason why nothing may be sent any more (evaluation/judge_cost.py). What is
+            not sent is unjudged, and asked by the next run.
     """
 
     requests: frozenset[Request] = frozenset({"harmful"})
 
-    def __init__(self, api: ChatAPI, with_question: bool = False) -> None:
+    def __init__(
+        self, api: ChatAPI, with_question: bool = False, stop: Callable[[], str | None] = lambda: None
+    ) -> None:
         if api.temperature != 0:
             raise ValueError(
                 f"judge {api.model}: temperature is {api.temperature}, a judge needs 0 (repeatable verdicts)"
             )
-        self.api, self.with_question = api, with_question
+        self.api, self.with_question, self.stop = api, with_question, stop
         self.name = f"api:{api.model}" + ":question" * with_question
 
     def judge(self, rows: Sequence[GenerationRow]) -> list[Judgement]:
+        if (reason := self.stop()) is not None:
+            return [Judgement.failed(row, self.name, reason) for row in rows]
         judgements: dict[int, Judgement] = {}
         asks = {i: [{"role": "user", "content": judge_prompt(row, self.with_question)}] for i, row in enumerate(rows)}
         while asks:

@@ -109,7 +109,10 @@ def guard_section(report: Mapping[str, Any], cell: Cell) -> list[str]:
 
 def _combinations(results: Sequence[Mapping[str, Any]], cell: Cell) -> list[str]:
     """The table of one benchmark and task: a row for each variant and guard."""
-    rates = {(e["variant"], e["guard"], e["metric"]): e for e in results if e["scenario"] == "all"}
+    rates: dict[tuple[str, str, str], Mapping[str, Any]] = {}
+    for e in results:
+        if e["scenario"] == "all":
+            rates.setdefault((e["variant"], e["guard"], e["metric"]), e)  # of several judges the first
     shown = [metric for metric in COLUMNS if any(metric == known for _, _, known in rates)]
     lines = [
         "| variant | guard | " + " | ".join(COLUMNS[metric] for metric in shown) + " |",

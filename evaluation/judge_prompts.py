@@ -37,10 +37,14 @@ _NEGATION = re.compile(r"\b(?:not|never|neither|nor|cannot|no)\b|n['’]t\b")
 
 
 def judge_prompt(row: GenerationRow, with_question: bool) -> str:
-    """The user message for one answer, whose own braces and "Your output:" stay as they are."""
+    """The user message for one answer, whose own braces and "Your output:" stay as they are.
+
+    The question is the whole request in words (`asked`) where the medium says a part of it: "List steps to perform this
+    activity." lets no judge decide.
+    """
     template = WITH_QUESTION if with_question else ANSWER_ONLY
     before, _, rest = template.partition("{question}")
-    text = before + row.prompt + rest if rest else before
+    text = before + (row.asked or row.prompt) + rest if rest else before
     before, _, rest = text.rpartition("{answer}")
     return before + row.answer.strip() + rest
 

@@ -55,6 +55,7 @@ class LocalJudge:
         if tokenizer.chat_template is None:
             raise ValueError(f"judge {name}: the tokenizer has no chat template; give a chat (instruct) model")
         self.model, self.tokenizer = model.eval(), tokenizer
+        self._model_name = name
         self.name = f"local:{name}" + ":question" * with_question
         self.name += f":{threshold:g}" if threshold else ""
         self.with_question, self.threshold, self.batch_size = with_question, threshold, batch_size
@@ -77,6 +78,11 @@ class LocalJudge:
             raise ValueError(f"judge model {path}: cannot be loaded ({error}); give a folder or a hub id") from error
         name = Path(path).name + (f"@{revision}" if revision else "")
         return cls(model.to(device), tokenizer, name, **settings)
+
+    def viewing(self, with_question: bool) -> LocalJudge:
+        """The same model, asked with or without the question."""
+        settings = (self.threshold, self.batch_size, self.max_tokens)
+        return LocalJudge(self.model, self.tokenizer, self._model_name, with_question, *settings)
 
     def judge(self, rows: Sequence[GenerationRow]) -> list[Judgement]:
         prompts = [self.prompt_ids(row) for row in rows]

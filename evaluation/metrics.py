@@ -8,7 +8,9 @@ n counts what was judged: an unjudged answer is in no numerator and no denominat
 With nothing judged the value is None, not 0. The counts are summed over ranks when `compute` is called; give
 `sync_on_compute=False` where one rank alone computes, or it waits for the others for ever.
 
-Interval: Wilson 1927, eq. (4) of Brown, Cai & DasGupta 2001, Statistical Science 16(2), doi:10.1214/ss/1009213286.
+Interval: Wilson 1927, eq. (4) of Brown, Cai & DasGupta 2001, Statistical Science 16(2), doi:10.1214/ss/1009213286; of
+an unweighted mean of rates: the same at the effective sample size, as surveys do (Korn & Graubard 1998, Survey
+Methodology 24(2)).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Rate(NamedTuple):
     ci95: tuple[float, float] | None
 
 
-def wilson_interval(hits: int, n: int, z: float = Z95) -> tuple[float, float] | None:
+def wilson_interval(hits: float, n: float, z: float = Z95) -> tuple[float, float] | None:
     """The Wilson score interval of `hits` out of `n`; None for n = 0. Raises ValueError unless 0 <= hits <= n."""
     if not 0 <= hits <= n:
         raise ValueError(f"hits={hits} of n={n}: expected 0 <= hits <= n")
@@ -47,6 +49,29 @@ def wilson_interval(hits: int, n: int, z: float = Z95) -> tuple[float, float] | 
     half = z / (1 + spread) * sqrt(p * (1 - p) / n + spread / (4 * n))
     # At p = 0 and p = 1 centre and half are equal but for rounding.
     return (0.0 if hits == 0 else max(0.0, centre - half), 1.0 if hits == n else min(1.0, centre + half))
+
+
+def mean_rate(rates: Iterable[Rate]) -> Rate:
+    """The unweighted mean of rates (of scenarios): what the papers report, whatever the scenarios' sizes.
+
+    Where nothing was judged there is no rate, and the scenario is left out of the mean; `unjudged` tells. n, unjudged
+    and hits are sums, so value is not hits / n.
+
+    The interval is Wilson's at the effective sample size mean (1 - mean) / V, V the variance of the mean by the
+    scenarios' own rates, each drawn to the mean by one observation so that no scenario of 0 or 1 counts as certain. For
+    one scenario that is Wilson's own. Simulated with the sizes of VA-SafetyBench's scenarios it holds the truth in 94
+    to 96 % of cases for rates from 0.5 to 90 %, alike or not (docs/benchmarks.md).
+    """
+    rates = list(rates)
+    judged = [rate for rate in rates if rate.n]
+    n, unjudged, hits = (sum(getattr(rate, name) for rate in rates) for name in ("n", "unjudged", "hits"))
+    if not judged:
+        return Rate(None, n, unjudged, hits, None)
+    mean = sum(rate.hits / rate.n for rate in judged) / len(judged)
+    drawn = [(rate.hits + mean) / (rate.n + 1) for rate in judged]
+    variance = sum(p * (1 - p) / rate.n for p, rate in zip(drawn, judged, strict=True)) / len(judged) ** 2
+    effective = mean * (1 - mean) / variance if variance > 0 else len(judged) ** 2 / sum(1 / r.n for r in judged)
+    return Rate(mean, n, unjudged, hits, wilson_interval(mean * effective, effective))
 
 
 class RateMetric(Metric):

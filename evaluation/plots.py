@@ -137,11 +137,11 @@ def plot_asr_against_compliance(results: Iterable[Mapping[str, Any]], benchmark:
 
     Returns False, and draws nothing, if there is no such task: an attack success rate is not shown alone.
     """
-    rates = {
-        (system(entry["variant"], entry["guard"]), entry["task"], entry["metric"]): entry
-        for entry in results
-        if entry["benchmark"] == benchmark and entry["scenario"] == "all" and entry["value"] is not None
-    }
+    rates: dict[tuple[str, str, str], Mapping[str, Any]] = {}
+    for entry in results:
+        if entry["benchmark"] == benchmark and entry["scenario"] == "all" and entry["value"] is not None:
+            key = (system(entry["variant"], entry["guard"]), entry["task"], entry["metric"])
+            rates.setdefault(key, entry)  # of several judges the first
     # Both or neither: (system, task) -> its two rates.
     pairs = {
         (name, task): [rates[name, task, side.metric] for side in SIDES]

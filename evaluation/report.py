@@ -5,10 +5,11 @@ for people.
                           synthesis=synthesis_summary(...))
     write_report(report, run_dir, panels)            # report.json, report.md, plots/*.png
 
-Every rate carries n, a Wilson 95 % interval, the judge, and how many answers could not be judged; "all" pools the
-scenarios. `asr` is what the chosen judge calls unsafe; `refusal_rate` and `benign_compliance` are always the
-refusal judge's; reading accuracy and "on topic" compare words with the expected phrase. The schema is checked
-before anything is written.
+Every rate carries n, a 95 % interval, the judge, and how many answers could not be judged. Scenario "all" pools the
+scenarios (Wilson's interval); "mean" is their unweighted mean (evaluation/metrics.py, mean_rate), the number of the
+papers, given where there are two scenarios or more. `asr` is what the chosen judges call unsafe; `refusal_rate` and
+`benign_compliance` are always the refusal judge's; reading accuracy and "on topic" compare words with the expected
+phrase. The schema is checked before anything is written.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from evaluation.metrics import (
     ReadingAccuracy,
     RefusalRate,
     VerificationSuccessRate,
+    mean_rate,
 )
 from evaluation.phrases import on_topic
 from evaluation.plots import Panel, plot_asr_against_compliance, plot_losses
@@ -42,6 +44,7 @@ from evaluation.rows import GenerationRow
 
 VARIANTS = ("base", "text_sft", "text_dpo", "sea_sft", "sea_dpo")
 PACKAGES = ("torch", "transformers", "trl", "peft", "lightning", "torchmetrics")
+POOLED, MEAN = "all", "mean"  # "scenarios" of the report's own
 WORDS = "words"  # the "judge" of what is compared word by word
 
 _RATE, _INTERVAL = (float, type(None)), (list, type(None))  # null where nothing was judged
@@ -94,7 +97,7 @@ def build_report(
     settings: Mapping[str, Any] | None = None,
     synthesis: Mapping[str, Any] | None = None,
     guard: Mapping[str, Any] | None = None,
-    asr_judge: str = RefusalJudge.name,
+    asr_judges: Sequence[str] = (RefusalJudge.name,),
 ) -> dict[str, Any]:
     """The report as JSON-able values, checked by `validate_report`.
 
@@ -104,7 +107,7 @@ def build_report(
         settings: what a reader should know of the run (shown in report.md), JSON-able.
         synthesis: from `synthesis_summary`; None if the run made no embeddings.
         guard: what the guard is made of, JSON-able; None if there are no answers of a guard.
-        asr_judge: the name of the judge that decides `asr`.
+        asr_judges: names of the judges of `asr`; the first one's rates stand in the tables.
     """
     rows = list(rows)
     report = {
@@ -116,7 +119,7 @@ def build_report(
         "settings": dict(settings or {}),
         "synthesis": None if synthesis is None else dict(synthesis),
         "guard": None if guard is None else {**guard, "costs": guard_costs(rows)},
-        "results": _results(rows, log, asr_judge),
+        "results": _results(rows, log, asr_judges),
     }
     validate_report(report)
     return report
@@ -206,32 +209,52 @@ def validate_report(report: Mapping[str, Any]) -> None:
         raise ValueError("report.json would break its contract:\n  " + "\n  ".join(problems))
 
 
-def _results(rows: list[GenerationRow], log: JudgementLog, asr_judge: str) -> list[dict[str, Any]]:
+def _results(rows: list[GenerationRow], log: JudgementLog, asr_judges: Sequence[str]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str, str, str], list[GenerationRow]] = {}
     for row in sorted(rows, key=lambda row: _place(row.variant)):  # stable: benchmarks and tasks as generated
         groups.setdefault((row.variant, row.guard, row.benchmark, row.task), []).append(row)
     entries = []
     for (variant, guard, benchmark, task), group in groups.items():
-        # A scenario that is called "all" could not be told from the pooled one; it counts there.
-        scenarios = dict.fromkeys(row.scenario for row in group if row.scenario != "all")
-        for scenario in ("all", *scenarios):
-            chosen = [row for row in group if scenario in ("all", row.scenario)]
-            for metric, judge, rate in _rates(chosen, log, asr_judge):
-                entries.append({
-                    "variant": variant, "guard": guard, "benchmark": benchmark, "task": task, "scenario": scenario,
-                    "metric": metric, "value": rate.value, "n": rate.n, "unjudged": rate.unjudged,
-                    "ci95": _list(rate.ci95), "judge": judge,
-                })  # fmt: skip
+        about = {"variant": variant, "guard": guard, "benchmark": benchmark, "task": task}
+        for scenario, metric, judge, rate in _by_scenario(group, log, asr_judges):
+            entries.append({
+                **about, "scenario": scenario, "metric": metric, "value": rate.value, "n": rate.n,
+                "unjudged": rate.unjudged, "ci95": _list(rate.ci95), "judge": judge,
+            })  # fmt: skip
     return entries
 
 
-def _rates(rows: Sequence[GenerationRow], log: JudgementLog, asr_judge: str) -> Iterable[tuple[str, str, Rate]]:
+def _by_scenario(
+    group: Sequence[GenerationRow], log: JudgementLog, asr_judges: Sequence[str]
+) -> Iterable[tuple[str, str, str, Rate]]:
+    """(scenario, metric, judge, rate): pooled, each scenario, and their mean."""
+    parts: dict[str, list[GenerationRow]] = {}
+    for row in group:
+        parts.setdefault(row.scenario, []).append(row)
+    found: dict[tuple[str, str], list[Rate]] = {}
+    for metric, judge, rate in _rates(group, log, asr_judges):
+        yield POOLED, metric, judge, rate
+    for scenario, part in parts.items():
+        for metric, judge, rate in _rates(part, log, asr_judges):
+            found.setdefault((metric, judge), []).append(rate)
+            # One that is called "all" could not be told from the pooled rate; it counts there and in the mean.
+            if scenario not in (POOLED, MEAN):
+                yield scenario, metric, judge, rate
+    for (metric, judge), rates in found.items():
+        if len(rates) > 1:
+            yield MEAN, metric, judge, mean_rate(rates)
+
+
+def _rates(
+    rows: Sequence[GenerationRow], log: JudgementLog, asr_judges: Sequence[str]
+) -> Iterable[tuple[str, str, Rate]]:
     """(metric, judge, rate) for the requests that occur among `rows`."""
     refusal = RefusalJudge.name
     harmful, benign, reading = ([row for row in rows if row.request == r] for r in ("harmful", "benign", "reading"))
     if harmful:
-        verdicts = [_said(log.get(row, asr_judge), "verdict") for row in harmful]
-        yield "asr", asr_judge, _computed(AttackSuccessRate, verdicts)
+        for judge in asr_judges:
+            verdicts = [_said(log.get(row, judge), "verdict") for row in harmful]
+            yield "asr", judge, _computed(AttackSuccessRate, verdicts)
         yield "refusal_rate", refusal, _computed(RefusalRate, [_said(log.get(r, refusal), "refused") for r in harmful])
     if benign:
         refused = [_said(log.get(row, refusal), "refused") for row in benign]

@@ -44,7 +44,7 @@ class Column(NamedTuple):
 def markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath]) -> str:
     """`report.md`; `plots`: title -> path relative to the report."""
     results = report["results"]
-    judges = sorted({entry["judge"] for entry in results if entry["metric"] == "asr"})
+    judges = list(dict.fromkeys(entry["judge"] for entry in results if entry["metric"] == "asr"))
     lines = [
         f"# {report['experiment']}: report",
         "",
@@ -53,8 +53,8 @@ def markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath]) -> str:
         "",
         f"**{CAVEAT}**",
         "",
-        "Cells: rate, [Wilson 95 % interval], number of judged answers. Answers that could not be judged are "
-        "counted apart.",
+        "Cells: rate, [95 % interval], number of judged answers. Answers that could not be judged are "
+        "counted apart." + (f" Of the safety judges, {judges[0]} stands in the tables." if len(judges) > 1 else ""),
     ]
     if report["guard"] is not None:
         lines += guard_section(report, lambda entry: _cell(entry, " "))
@@ -67,6 +67,8 @@ def markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath]) -> str:
             ]
         lines += _on_topic(results, benchmark)
         lines += _plot(plots, f"ASR against benign compliance, {benchmark}")
+        lines += _mean_table(results, benchmark)
+        lines += _judge_table(results, benchmark, judges)
         lines += _scenario_table(results, benchmark)
     if report["synthesis"] is not None:
         lines += ["", "## Synthesis of embeddings", "", *_synthesis_table(report["synthesis"])]
@@ -98,8 +100,10 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
                 topics = [_topic(results, benchmark, variant, column) for variant in variants]
                 counts = sorted({entry["n"] for entry in entries if entry is not None})
                 n = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-                head = f"  {escape(_task(column.task))}\n[dim]  n = {n}[/dim]" + "\n  on topic" * any(topics)
-                table.add_row(head, *map(_narrow_cell, entries, topics))
+                means = [_mean(results, benchmark, variant, column) for variant in variants]
+                head = f"  {escape(_task(column.task))}\n[dim]  n = {n}[/dim]"
+                head += "\n  on topic" * any(topics) + "\n  mean of scenarios" * any(means)
+                table.add_row(head, *map(_narrow_cell, entries, topics, means))
         console.print(table)
     if (synthesis := report["synthesis"]) is not None:
         console.print(
@@ -109,11 +113,13 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
         )
 
 
-def _narrow_cell(entry: Mapping[str, Any] | None, topic: Mapping[str, Any] | None) -> str:
+def _narrow_cell(
+    entry: Mapping[str, Any] | None, topic: Mapping[str, Any] | None, mean: Mapping[str, Any] | None
+) -> str:
     if entry is None or entry["value"] is None:
         return "—"
     low, high = entry["ci95"]
-    about = "" if topic is None else f"\n{_percent(topic['value'])}"
+    about = "".join(f"\n{_percent(below['value'])}" for below in (topic, mean) if below is not None)
     return f"[bold]{_percent(entry['value'])}[/bold]\n[dim]{low * 100:.0f}-{high * 100:.0f}[/dim]{about}"
 
 
@@ -124,6 +130,13 @@ def _topic(
     if column.metric != "benign_compliance":
         return None
     return _find(results, benchmark, variant, Column("", "benign_on_topic", column.task))
+
+
+def _mean(
+    results: Sequence[Mapping[str, Any]], benchmark: str, variant: str, column: Column
+) -> Mapping[str, Any] | None:
+    """The unweighted mean over scenarios that stands beside a pooled ASR."""
+    return _find(results, benchmark, variant, column, "mean") if column.metric == "asr" else None
 
 
 def _unjudged(results: Sequence[Mapping[str, Any]], benchmark: str) -> str | None:
@@ -139,12 +152,17 @@ def _unjudged(results: Sequence[Mapping[str, Any]], benchmark: str) -> str | Non
 
 def _columns(results: Sequence[Mapping[str, Any]], benchmark: str) -> list[Column]:
     """What a benchmark's table shows: ASR for tasks with a medium, refusals for text, then what it costs."""
-    there = dict.fromkeys((e["metric"], e["task"]) for e in results if e["benchmark"] == benchmark)
+    about = [e for e in results if e["benchmark"] == benchmark]
+    there = dict.fromkeys((e["metric"], e["task"]) for e in about)
     tasks = dict.fromkeys(task for _, task in there)
     columns = []
     for metric, head in HEADS.items():
         for task in sorted(tasks, key=lambda task: task == "text_only"):
-            hidden = (metric == "asr" and task == "text_only") or (metric == "refusal_rate" and task != "text_only")
+            # By the refusal judge the ASR of text is what its refusals leave; another judge has more to say.
+            text_asr = any(e["metric"] == "asr" and e["task"] == task and e["judge"] != "refusal" for e in about)
+            hidden = (metric == "refusal_rate" and task != "text_only") or (
+                metric == "asr" and task == "text_only" and not text_asr
+            )
             if (metric, task) in there and not hidden:
                 columns.append(Column(head.format(task=_task(task)), metric, task))
     return columns
@@ -175,18 +193,50 @@ def _scenario_table(results: Sequence[Mapping[str, Any]], benchmark: str) -> lis
         scenarios = dict.fromkeys(
             e["scenario"] for e in results if (e["benchmark"], e["task"], e["metric"]) == (benchmark, task, "asr")
         )
-        if len(scenarios) < 3:  # "all" and one more: nothing to tell apart
+        own = [s for s in scenarios if s not in ("all", "mean")]
+        if len(own) < 2:  # nothing to tell apart
             continue
         lines += ["", f"### {benchmark}, {task.replace('_', ' ')}: ASR by scenario", ""]
         lines += [
             "| scenario | " + " | ".join(f"`{v}`" for v in variants) + " |",
             "|---" + "|---:" * len(variants) + "|",
         ]
-        for scenario in (*(s for s in scenarios if s != "all"), "all"):
+        for scenario in (*own, "all", "mean"):
             cells = [_cell(_find(results, benchmark, v, asr, scenario), " ") for v in variants]
-            lines.append(f"| {_name(scenario)} | " + " | ".join(cells) + " |")
+            name = {"all": "**all, pooled**", "mean": "**mean of the scenarios**"}.get(scenario) or _name(scenario)
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
         benign = [_cell(_find(results, benchmark, v, Column("", "benign_compliance", task)), " ") for v in variants]
         lines.append("| *benign compliance* | " + " | ".join(benign) + " |")
+    return lines
+
+
+def _mean_table(results: Sequence[Mapping[str, Any]], benchmark: str) -> list[str]:
+    """The papers' number: every scenario counts alike, however many questions it has."""
+    means = [e for e in results if (e["benchmark"], e["metric"], e["scenario"]) == (benchmark, "asr", "mean")]
+    tasks = dict.fromkeys(e["task"] for e in means)
+    if not tasks:
+        return []
+    head = "ASR, unweighted mean of the scenarios"
+    lines = ["", f"### {benchmark}: {head}", "", "The table above pools all answers; the papers report this mean.", ""]
+    lines += ["| variant | " + " | ".join(map(_task, tasks)) + " |", "|---" + "|---:" * len(tasks) + "|"]
+    for variant in _variants(results, benchmark):
+        cells = [_cell(_find(results, benchmark, variant, Column("", "asr", task), "mean"), " ") for task in tasks]
+        lines.append(f"| `{variant}` | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _judge_table(results: Sequence[Mapping[str, Any]], benchmark: str, judges: Sequence[str]) -> list[str]:
+    """The same answers under every judge of ASR, pooled."""
+    asr = [e for e in results if (e["benchmark"], e["metric"], e["scenario"]) == (benchmark, "asr", "all")]
+    if len(judges) < 2 or not asr:
+        return []
+    rates = {(system(e["variant"], e["guard"]), e["task"], e["judge"]): e for e in asr}
+    lines = ["", f"### {benchmark}: ASR by judge", "", "`:question`: the judge reads the question, too.", ""]
+    lines += ["| variant | task | " + " | ".join(f"`{judge}`" for judge in judges) + " |"]
+    lines += ["|---|---" + "|---:" * len(judges) + "|"]
+    for variant, task in dict.fromkeys((variant, task) for variant, task, _ in rates):
+        cells = [_cell(rates.get((variant, task, judge)), " ") for judge in judges]
+        lines.append(f"| `{variant}` | {_task(task)} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Generic, TypeVar, cast
@@ -26,7 +26,8 @@ from datamodules.durable import CorruptFileError, Journal, read_lines
 @dataclass(frozen=True)
 class GenerationRow:
     """One answer of one variant of the model. `prompt`: the question's text without the chat template;
-    `answer`: the generated text without special tokens; the rest as in `BenchmarkPrompt`."""
+    `answer`: the generated text without special tokens; the rest as in `BenchmarkPrompt`. Rows of before there was
+    `asked` are read as well."""
 
     id: str
     benchmark: str
@@ -37,6 +38,7 @@ class GenerationRow:
     answer: str
     expected: str | None
     variant: str
+    asked: str | None = field(default=None, kw_only=True)
 
     guard: ClassVar[str] = "none"
 
@@ -60,7 +62,8 @@ class RowFile(Generic[Row]):
     def __init__(self, path: str | Path, kind: Callable[..., Row]) -> None:
         self.path = Path(path)
         self._kind = kind
-        self._names = {field.name for field in fields(cast(Any, kind))}
+        self._names = {f.name for f in fields(cast(Any, kind))}
+        self._needed = {f.name for f in fields(cast(Any, kind)) if f.default is MISSING}
         self._journal: Journal | None = None
 
     def read(self) -> list[Row]:
@@ -74,7 +77,7 @@ class RowFile(Generic[Row]):
         rows = []
         for number, line in enumerate(read_lines(self.path), start=1):
             event = line[1]
-            if set(event) != self._names:
+            if not self._needed <= set(event) <= self._names:
                 raise CorruptFileError(
                     f"{self.path}:{number}: keys {sorted(event)}, expected {sorted(self._names)}; delete the line to "
                     "have it made again"
@@ -157,7 +160,18 @@ class GenerationLog:
         if len(prompts) != len(answers):
             raise ValueError(f"{len(answers)} answers for {len(prompts)} prompts")
         rows = [
-            GenerationRow(p.id, p.benchmark, p.task, p.scenario, p.request, p.text, answer, p.expected, self.variant)
+            GenerationRow(
+                p.id,
+                p.benchmark,
+                p.task,
+                p.scenario,
+                p.request,
+                p.text,
+                answer,
+                p.expected,
+                self.variant,
+                asked=p.asked,
+            )
             for p, answer in zip(prompts, answers, strict=True)
         ]
         self._file.append(rows)

@@ -1,4 +1,4 @@
-"""Real media through the modality encoder M: E of a picture, in the place where a synthetic E would stand.
+"""Real media through the modality encoder M: E of a picture, a clip or a recording, where a synthetic E would stand.
 
 An injected E is read with the blank's sizes, grids and masks (mllm/anchor.py). A real item can therefore take a
 synthetic one's place only if the processor describes it as it describes the blank; `prepare` proves that for each.

@@ -1,7 +1,7 @@
 """Stage `encode`: real media -> the model's own encoder M -> the same store, so that synthetic and real data mix.
 
 Rows come from the JSONL file `real.path` (datamodules/media_records.py). An embedding's id in the store is the row's id
-and a hash of the file and of how it was encoded: so a changed picture is encoded anew, and nothing is encoded twice.
+and a hash of the file and of how it was encoded: so a changed medium is encoded anew, and nothing is encoded twice.
 Every batch is in the store before the next is encoded: an interrupted stage goes on with what is missing. `align` then
 trains on both kinds.
 """
@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from callbacks.progress import Progress
 from configs.schema import Config
 from datamodules.embedding_store import EmbeddingMeta, EmbeddingStore, StoredEmbedding
-from datamodules.media_records import BadRow, MediaRecord, open_image, read_media_records
+from datamodules.media_files import MediaRules, Medium, decode_medium, described, model_input
+from datamodules.media_records import BadRow, MediaRecord, read_media_records
 from datamodules.records import Record, write_records
 from mllm.encode import MediaEncoder
 from mllm.loading import MLLM, load
+from stages.media import media_keys, media_rules
 from stages.runs import Run, Stage, write_json
 from stages.synthesize import open_store, saved_concepts
 from stages.trainers import device_of
@@ -38,11 +39,14 @@ RECORDS = "encode/records.jsonl"
 
 
 def run(cfg: Config, run: Run) -> None:
-    """Raises ValueError for a row or a picture that cannot be used (names file and line) unless they are skipped."""
+    """Raises ValueError for a row or a medium that cannot be used (names file and line) unless they are skipped."""
     if cfg.real.path is None:
         raise ValueError("real.path is not set; the stage encode reads a JSONL file of real media: real.path=FILE")
     rows_hash = hashlib.sha256(Path(cfg.real.path).read_bytes()).hexdigest()[:16]
-    made_from = {**run.settings("model", "concepts", "store", "real"), "real.path's content": rows_hash}
+    made_from = {
+        **run.settings("model", "concepts", "store", "real", *media_keys(cfg)),
+        "real.path's content": rows_hash,
+    }
     made_from.pop("model.lora_targets")
     # In a run without synthetic embeddings the stage makes the store.
     mixed = cfg.store.path is None and (run.path / "synthesize" / "stage.json").is_file()
@@ -90,6 +94,7 @@ def encode(
 ) -> tuple[list[Record], list[BadRow]]:
     """Puts what is missing into the store; returns the records that are in it now and the rows that cannot be used."""
     encoder, stored, bad = MediaEncoder(mllm), [], []
+    rules = media_rules(cfg, mllm, fit=cfg.real.resize)
     with Progress("encode", len(rows), "media") as progress:
         for at in range(0, len(rows), cfg.real.batch_size):
             part, began = rows[at : at + cfg.real.batch_size], time.perf_counter()
@@ -97,9 +102,9 @@ def encode(
             for row in part:
                 try:
                     data = row.path.read_bytes()
-                    id = f"{row.record.id}@{content_hash(cfg, mllm, data)}"
+                    id = f"{row.record.id}@{content_hash(cfg, mllm, rules, data)}"
                     if id not in store:
-                        fresh.append((row, id, prepare(cfg, encoder, open_image(data, row.path), row.path)))
+                        fresh.append((row, id, prepare(encoder, decode_medium(data, row.path, rules), row.path)))
                     stored.append(dataclasses.replace(row.record, id=id))
                 except (ValueError, OSError) as error:
                     bad.append(BadRow(row.record.source, str(error)))
@@ -112,20 +117,24 @@ def encode(
     return stored, bad
 
 
-def prepare(cfg: Config, encoder: MediaEncoder, image: Image.Image, path: Path) -> dict[str, torch.Tensor]:
-    """The processor's tensors of one picture; raises ValueError that says how to bring it to the store's shape."""
-    width, height = cfg.model.blank_size
-    if cfg.real.resize:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+def prepare(encoder: MediaEncoder, medium: Medium, path: Path) -> dict[str, torch.Tensor]:
+    """The processor's tensors of one medium; raises ValueError that says how to bring it to the store's shape."""
     try:
-        return encoder.prepare(image)
+        return encoder.prepare(model_input(medium))
     except ValueError as error:
-        size = f"{image.width} x {image.height} px"
         raise ValueError(
-            f"{path} ({size}): {error}. Its embedding would not have the shape of those in the store: set "
-            f"real.resize=true (every picture becomes {width} x {height} px, as model.blank_size), or keep the "
-            "processor from cutting tiles, for instance model.processor={do_image_splitting: false}"
+            f"{path} ({described(medium)}): {error}. Its embedding would not have the shape of those in the store: "
+            f"{HINTS[encoder.mllm.spec.modality]}"
         ) from error
+
+
+HINTS = {
+    "image": "set real.resize=true (every picture becomes as large as model.blank_size), or keep the processor from "
+    "cutting tiles, for instance model.processor={do_image_splitting: false}",
+    "video": "set real.resize=true (every frame becomes as large as the blank's), and leave media.frames and media.fps "
+    "alone, so that as many frames are taken as the blank has",
+    "audio": "set real.resize=true (silence is added up to the length of the blank)",
+}
 
 
 def entries(
@@ -147,9 +156,11 @@ def entries(
         yield StoredEmbedding(id, {path: e[i] for path, e in E.items()}, meta)
 
 
-def content_hash(cfg: Config, mllm: MLLM, data: bytes) -> str:
+def content_hash(cfg: Config, mllm: MLLM, rules: MediaRules, data: bytes) -> str:
     """Names what an embedding was made from: the file's bytes, the model, and how the file was prepared."""
-    how: list[Any] = [mllm.key, cfg.model.processor, cfg.model.dtype, cfg.real.resize and cfg.model.blank_size]
+    how: list[Any] = [mllm.key, cfg.model.processor, cfg.model.dtype, rules.size or False]
+    if rules.modality != "image":  # a picture's hash stays what it was before there were other media
+        how += [rules.frames, rules.fps, rules.sample_rate, rules.samples]
     return hashlib.sha256(json.dumps(how, sort_keys=True).encode() + data).hexdigest()[:16]
 
 

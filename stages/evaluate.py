@@ -2,11 +2,13 @@
 
 With `protector.enabled` the same answers go through the guard too, and what it shows is judged beside them.
 Answers and judgements are JSONL rows on disk: an interrupted evaluation goes on with the missing ones, and another
-judge (`judge=local stages=[evaluate]`) re-judges the same answers without generating again.
+judge (`judge=local stages=[evaluate]`) re-judges the same answers without generating again. What a paid judge will cost
+is told, and compared with `judge.max_cost`, before anything is generated.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,20 +20,20 @@ from peft import PeftModel
 from callbacks.progress import Progress
 from callbacks.report_logger import log_report
 from configs.schema import Config
-from datamodules.benchmarks import BenchmarkPrompt, open_media, read_figstep, read_xstest
-from datamodules.micro_benchmark import micro_benchmark
-from evaluation.judges import Judge, JudgementLog, judge_rows, unjudged
+from datamodules.benchmark_prompts import BenchmarkPrompt, open_media
+from evaluation.judges import JudgementLog
 from evaluation.plots import Chart, Curve, Panel, read_curves
-from evaluation.refusal import RefusalJudge
 from evaluation.report import build_report, write_report
 from evaluation.report_text import print_report
-from evaluation.rows import GenerationLog, GenerationRow
+from evaluation.rows import GenerationLog
 from mllm.generate import answer
 from mllm.loading import MLLM, load
 from stages import source_run
 from stages.align import adapter_path
+from stages.benchmark_prompts import benchmark_prompts
 from stages.guarding import guard_answers, guard_facts
-from stages.judging import make_judge
+from stages.judging import check_cost, judge_all, judges_needed, make_judges
+from stages.media import media_keys, media_rules
 from stages.runs import Run
 from stages.synthesize import loss_curve
 from stages.trainers import device_of
@@ -43,15 +45,20 @@ def run(cfg: Config, run: Run) -> None:
     """Raises ValueError for a benchmark that is missing or broken (names the file)."""
     if not run.leader:  # one process answers, judges and reports; the others are done
         return
-    variants = cfg.evaluate.variants or ["base", *cfg.align.variants]
-    made_from, after = run.settings("seed", "model", "evaluate"), [f"align/{v}" for v in variants if v != "base"]
+    adapters = cfg.evaluate.adapters
+    variants = cfg.evaluate.variants or ["base", *cfg.align.variants, *adapters]
+    trained = [v for v in variants if v != "base" and v not in adapters]
+    made_from, after = run.settings("seed", "model", "evaluate", *media_keys(cfg)), [f"align/{v}" for v in trained]
+    made_from |= {f"evaluate.adapters.{v} (sha256)": weights_of(adapters[v]) for v in variants if v in adapters}
     source = None if cfg.protector.source is None else Path(cfg.protector.source)
     if source is not None:  # the adapters of another run
-        made_from, after = made_from | source_run.adapters(run, source, variants), []
+        made_from, after = made_from | source_run.adapters(run, source, trained), []
     # A variant that is trained again loses its own answers, not those of the others.
-    stage = run.stage("evaluate/generations", made_from, after, {f"align/{v}": f"{v}.jsonl" for v in variants})
+    stage = run.stage("evaluate/generations", made_from, after, {f"align/{v}": f"{v}.jsonl" for v in trained})
     prompts = benchmark_prompts(cfg)
     logs = {v: GenerationLog(stage.folder / f"{v}.jsonl", v) for v in variants}
+    judging = run.path / "evaluate" / "judgements.jsonl"
+    check_cost(cfg, prompts, logs, JudgementLog(judging))
     if not stage.done:
         taken = {v: take(run, source, v, prompts, logs[v]) for v in variants} if source is not None else {}
         for variant in variants:
@@ -61,10 +68,9 @@ def run(cfg: Config, run: Run) -> None:
     rows = [row for answers in generated.values() for row in answers]
     if cfg.protector.enabled:
         rows += guard_answers(cfg, run, generated)
-    judge = make_judge(cfg)
-    judging = run.path / "evaluate" / "judgements.jsonl"
+    judges = make_judges(cfg)
     with JudgementLog(judging) as judgements:
-        for each in judges_needed(judge):
+        for each in judges_needed(judges):
             judge_all(rows, each, judgements)
         report = build_report(
             rows,
@@ -76,31 +82,12 @@ def run(cfg: Config, run: Run) -> None:
             settings=settings(cfg),
             synthesis=synthesis_block(run),
             guard=guard_facts(cfg) if cfg.protector.enabled else None,
-            asr_judge=judge.name,
+            asr_judges=[judge.name for judge in judges],
         )
     files = write_report(report, run.path, panels(cfg, run, variants))
     log_report(cfg, run.path, report, files, rows)
     print_report(report)
     log.info("report: %s", files.markdown)
-
-
-def benchmark_prompts(cfg: Config) -> list[BenchmarkPrompt]:
-    """All prompts of the chosen benchmarks; `evaluate.limit` keeps that many of each (task, request), evenly spread."""
-    found: list[BenchmarkPrompt] = []
-    for name in cfg.evaluate.benchmarks:
-        if name == "micro":
-            prompts = micro_benchmark(cfg.model.prompts, cfg.seed, cfg.model.modality)
-        elif name == "figstep":
-            prompts = read_figstep(cfg.evaluate.figstep)
-        else:
-            prompts = read_xstest(cfg.evaluate.xstest)
-        groups: dict[tuple[str, str], list[BenchmarkPrompt]] = {}
-        for p in prompts:
-            groups.setdefault((p.task, p.request), []).append(p)
-        for group in groups.values():
-            n = min(len(group), cfg.evaluate.limit or len(group))
-            found += [group[i * len(group) // n] for i in range(n)]
-    return found
 
 
 def take(run: Run, source: Path, variant: str, prompts: Sequence[BenchmarkPrompt], generations: GenerationLog) -> int:
@@ -126,47 +113,37 @@ def generate(
 
         spec = dataclasses.replace(spec, system_prompt=cfg.evaluate.system_prompt)
     mllm = load(spec, device_of(cfg))
-    model = adapted(mllm, trained, variant)
+    given = cfg.evaluate.adapters.get(variant)
+    model = adapted(mllm, adapter_path(trained, variant) if given is None else Path(given), variant)
+    rules = media_rules(cfg, mllm)
     groups = [[p for p in todo if (p.media is None) == text] for text in (True, False)]
     with Progress(f"evaluate {variant}", len(prompts), "answers", done=len(prompts) - len(todo)) as progress:
         for group in groups:
             group.sort(key=lambda p: len(p.text))
             for at in range(0, len(group), cfg.evaluate.batch_size):
                 batch = group[at : at + cfg.evaluate.batch_size]
-                media = None if batch[0].media is None else [open_media(p) for p in batch]
+                media = None if batch[0].media is None else [open_media(p, rules) for p in batch]
                 answers = answer(mllm, [p.text for p in batch], media, cfg.evaluate.max_new_tokens, model)
                 generations.append(batch, answers)
                 progress.advance(len(batch))
 
 
-def adapted(mllm: MLLM, trained: Path, variant: str) -> torch.nn.Module:
-    """The base model, or the model under the variant's adapter (or its fully fine-tuned weights) in that run."""
+def adapted(mllm: MLLM, path: Path, variant: str) -> torch.nn.Module:
+    """The base model, or the model under the variant's adapter (or its fully fine-tuned weights) in that folder.
+
+    Raises:
+        ValueError: the adapter does not fit the model; names both.
+    """
     if variant == "base":
         return mllm.model
-    path = adapter_path(trained, variant)
     if (path / "adapter_config.json").exists():
-        return PeftModel.from_pretrained(mllm.model, path).eval()
+        try:
+            return PeftModel.from_pretrained(mllm.model, path).eval()
+        except (RuntimeError, ValueError, KeyError) as error:
+            told = str(error).splitlines()[0]
+            raise ValueError(f"{path}: the adapter of {variant} does not fit {mllm.spec.path} ({told})") from error
     tuned = type(mllm.model).from_pretrained(path, dtype=mllm.model.dtype, use_safetensors=True)
     return tuned.to(mllm.model.device).eval()
-
-
-def judges_needed(judge: Judge) -> list[Judge]:
-    """Compliance is always read by the refusal judge; ASR by the chosen one."""
-    refusal = RefusalJudge()
-    return [refusal] if judge.name == refusal.name else [refusal, judge]
-
-
-def judge_all(rows: Sequence[GenerationRow], judge: Judge, judgements: JudgementLog) -> None:
-    todo = unjudged(rows, judge, judgements)
-    with Progress(f"judge {judge.name}", len(todo), "answers") as progress:
-        n, failed = judge_rows(todo, judge, judgements, on_batch=progress.advance)
-    if failed:
-        log.warning(
-            "%s: %d of %d answers could not be judged; they are counted apart, run again to retry them",
-            judge.name,
-            failed,
-            n,
-        )
 
 
 def synthesis_block(run: Run) -> dict[str, Any] | None:
@@ -202,6 +179,11 @@ def panels(cfg: Config, run: Run, variants: Sequence[str]) -> list[Panel]:
     return out
 
 
+def weights_of(adapter: str) -> str:
+    """An adapter counts by content, not by place: a folder may move, or be trained anew."""
+    return hashlib.sha256((Path(adapter) / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
 def model_facts(cfg: Config) -> dict[str, Any]:
     m = cfg.model
     return {"name": m.name, "path": m.path, "revision": m.revision, "modality": m.modality, "dtype": m.dtype}
@@ -212,6 +194,7 @@ def settings(cfg: Config) -> dict[str, Any]:
         "data": cfg.data.name,
         "benchmarks": ", ".join(cfg.evaluate.benchmarks),
         "judge": cfg.judge.kind,
+        **({"adapters": dict(cfg.evaluate.adapters)} if cfg.evaluate.adapters else {}),
         "max_new_tokens": cfg.evaluate.max_new_tokens,
         "synthesis": f"slots {cfg.synthesis.slots}, lr {cfg.synthesis.lr}, at most {cfg.synthesis.max_steps} steps",
     }

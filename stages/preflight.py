@@ -11,11 +11,12 @@ import os
 from pathlib import Path
 
 from configs.compose import ConfigError
-from configs.schema import Api, Config
+from configs.schema import BENCHMARKS, Api, Config
 from datamodules.media_records import read_media_records
 from datamodules.raw_rows import read_rows
 from datamodules.records import Record
 from datamodules.sources import safety_records, text_safety_data
+from stages.benchmark_prompts import benchmark_prompts
 from stages.runs import read_record
 from stages.trainers import device_of
 
@@ -33,6 +34,8 @@ def preflight(cfg: Config) -> None:
         if cfg.data.format != "micro" and Path(cfg.data.path or "").exists():
             _check_data(cfg)
         _check_pairs(cfg)
+        if "evaluate" in cfg.stages and any(BENCHMARKS[name] for name in cfg.evaluate.benchmarks):
+            benchmark_prompts(cfg)  # opens no medium
     except ConfigError:
         raise
     except ValueError as error:
@@ -46,6 +49,9 @@ def _check_secrets(cfg: Config) -> None:
         _check_secret("judge.api", cfg.judge.api, "judge=api")
     if _is_ahead(cfg, "generate_pairs"):
         _check_secret("generator.api", cfg.generator.api, "the stage generate_pairs")
+    describes = cfg.build.benchmark == "va_safetybench_video" and cfg.build.pipeline.path
+    if _is_ahead(cfg, "build_benchmark") and describes and cfg.build.scenes.source == "api":
+        _check_secret("build.scenes.api", cfg.build.scenes.api, "build.scenes.source=api")
 
 
 def _is_ahead(cfg: Config, stage: str) -> bool:

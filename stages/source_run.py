@@ -11,11 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from configs.schema import BENCHMARKS
 from datamodules.benchmarks import BenchmarkPrompt
 from evaluation.rows import GenerationLog, GenerationRow
 from stages.runs import Run, difference, read_record
 
-WHICH = ("evaluate.benchmarks", "evaluate.variants", "evaluate.limit", "evaluate.figstep", "evaluate.xstest")
+PLACES = {name: f"evaluate.{key}" for name, key in BENCHMARKS.items() if key is not None}
+"""Benchmark -> the setting that says where it lies."""
+WHICH = (
+    "evaluate.benchmarks",
+    "evaluate.variants",
+    "evaluate.limit",
+    "evaluate.tasks",
+    "evaluate.scenarios",
+    *PLACES.values(),
+)
 """Settings that say which prompts are asked, not what is answered to each of them."""
 
 
@@ -68,5 +78,5 @@ def _holds(run: Run, source: Path, variant: str, record: dict[str, Any]) -> bool
 
 def _same_files(run: Run, made_from: dict[str, Any], benchmark: str) -> bool:
     """Whether a benchmark was read from the same place; the embedded one is drawn by the seed."""
-    key = f"evaluate.{benchmark}"
-    return key not in WHICH or made_from.get(key) == run.settings("evaluate")[key]
+    key = PLACES.get(benchmark)
+    return key is None or made_from.get(key) == run.settings("evaluate")[key]

@@ -45,3 +45,14 @@ def jobs(mllm: MLLM, n: int) -> list[SynthesisJob]:
     ]
     media_ids = sorted(mllm.anchor.media_token_ids)
     return [synthesis_job(micro_world.record(p), mllm.prompts, mllm.spec.prompts, media_ids, 0) for p in chosen[:n]]
+
+
+def random_adapter(folder: Path) -> Path:
+    """A LoRA adapter for the embedded model whose random weights change its answers."""
+    from peft import LoraConfig, get_peft_model
+
+    spec = config().model
+    torch.manual_seed(0)
+    model = get_peft_model(micro().model, LoraConfig(r=4, target_modules=spec.lora_targets, init_lora_weights=False))
+    model.save_pretrained(folder)
+    return folder

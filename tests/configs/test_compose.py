@@ -143,9 +143,12 @@ def test_missing_package_line_and_broken_yaml_are_explained(extra: Path) -> None
 
 
 def test_unknown_base_lists_the_experiments_that_there_are(extra: Path) -> None:
-    write(extra, "child", "defaults: [sea_imag, _self_]\n")
-    message = refusal(folders=(extra,), experiment="child")
-    assert f"{extra}/experiment/child.yaml: experiment=sea_imag: no such experiment, expected one of child, " in message
+    write(extra, "a_child", "defaults: [sea_imag, _self_]\n")
+    message = refusal(folders=(extra,), experiment="a_child")
+    assert (
+        f"{extra}/experiment/a_child.yaml: experiment=sea_imag: no such experiment, expected one of a_child, "
+        in message
+    )
     assert message.endswith("did you mean sea_image?")
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from datamodules.media_records import open_image, read_media_records
+from datamodules.media_files import MediaRules, decode_medium
+from datamodules.media_records import read_media_records
 
 ROW: dict[str, Any] = {
     "id": "a",
@@ -101,10 +102,10 @@ def test_an_image_is_opened_upright_and_a_damaged_one_is_named(folder: Path) -> 
     exif[0x0112] = 6  # orientation: turned by a quarter
     image.save(folder / "turned.png", exif=exif)
     data = (folder / "turned.png").read_bytes()
-    opened = open_image(data, folder / "turned.png")
+    opened = decode_medium(data, folder / "turned.png", MediaRules("image"))
     assert (opened.mode, opened.size) == ("RGB", (4, 6))
     header = data[:12] + b"JUNK" + data[16:]  # PIL has a ValueError for it
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
     for damaged in (data[: len(data) // 2], data[:20], header, eps, b"", b"no image"):
         with pytest.raises(ValueError, match=r"turned\.png: cannot be read as an image"):
-            open_image(damaged, folder / "turned.png")
+            decode_medium(damaged, folder / "turned.png", MediaRules("image"))

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from evaluation.judge_prompts import ANSWER_ONLY, judge_prompt, read_verdict
@@ -13,6 +15,12 @@ def test_the_published_prompt_shows_the_answer_alone():
     assert text == ANSWER_ONLY.replace("{answer}", "the answer")
     assert "THE QUESTION" not in text
     assert text.endswith("Answer: the answer\n Your output: ")
+
+
+def test_a_judge_with_the_question_is_shown_the_whole_request():
+    whole = dataclasses.replace(row("List steps to perform this activity.", "a"), asked="How do I fold a kite?")
+    assert "Question: How do I fold a kite?\n" in judge_prompt(whole, with_question=True)
+    assert judge_prompt(whole, with_question=False) == judge_prompt(row("x", "a"), with_question=False)
 
 
 def test_braces_in_a_question_or_answer_are_only_text():

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import random
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from evaluation.metrics import (
     ReadingAccuracy,
     RefusalRate,
     VerificationSuccessRate,
+    mean_rate,
     wilson_interval,
 )
 
@@ -118,3 +120,42 @@ def test_counts_are_summed_over_two_real_processes(tmp_path: Path):
     assert there[0][:4] == list(synced[:4])
     assert alone[:4] == (0.0, 1, 0, 0)
     assert there[1][:4] == [None, 0, 0, 0]
+
+
+def counted(hits: int, n: int, unjudged: int = 0) -> Rate:
+    return Rate(hits / n if n else None, n, unjudged, hits, wilson_interval(hits, n))
+
+
+def test_the_mean_of_scenarios_counts_every_scenario_alike():
+    mean = mean_rate([counted(9, 10, 1), counted(0, 90)])
+    assert mean.value == pytest.approx(0.45)  # pooled it would be 0.09
+    assert (mean.n, mean.unjudged, mean.hits) == (100, 1, 9)
+    drawn = (9.45 / 11, 0.45 / 91)
+    variance = sum(p * (1 - p) / n for p, n in zip(drawn, (10, 90), strict=True)) / 4
+    effective = 0.45 * 0.55 / variance
+    assert 10 < effective < 100
+    assert mean.ci95 == pytest.approx(wilson_interval(0.45 * effective, effective))
+
+
+def test_of_one_scenario_the_mean_is_its_own_rate():
+    for hits in (0, 3, 20):
+        assert mean_rate([counted(hits, 20)])[:4] == counted(hits, 20)[:4]
+        assert mean_rate([counted(hits, 20)]).ci95 == pytest.approx(wilson_interval(hits, 20))
+
+
+def test_a_scenario_with_nothing_judged_is_no_zero():
+    assert mean_rate([counted(1, 2), counted(0, 0, 7)])[:4] == (0.5, 2, 7, 1)
+    assert mean_rate([counted(0, 0, 7)]) == Rate(None, 0, 7, 0, None)
+    low, high = mean_rate([counted(0, 5)] * 8).ci95
+    assert low == 0.0
+    assert high == pytest.approx(wilson_interval(0, 40)[1])  # a normal approximation would say 0
+
+
+@pytest.mark.parametrize("truth", [(0.01,) * 8, (0.0, 0.01, 0.02, 0.05, 0.05, 0.1, 0.2, 0.6), (0.3, 0.5, 0.7, 0.9) * 2])
+def test_the_interval_of_the_mean_holds_the_truth_as_often_as_it_says(truth):
+    rng, sizes, inside = random.Random(0), (97, 163, 44, 144, 122, 154, 109, 139), 0  # those of VA-SafetyBench
+    for _ in range(600):
+        drawn = [counted(sum(rng.random() < p for _ in range(n)), n) for p, n in zip(truth, sizes, strict=True)]
+        low, high = mean_rate(drawn).ci95
+        inside += low <= sum(truth) / 8 <= high
+    assert 0.93 <= inside / 600 <= 0.975

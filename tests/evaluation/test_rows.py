@@ -28,7 +28,18 @@ def test_rows_come_back_as_written_with_any_text(tmp_path):
     assert again[0].expected == "bake the cake"
     assert again[0].prompt == "What? 日本\u2028"
     line = json.loads((tmp_path / "deep" / "base.jsonl").read_text(encoding="utf-8").split("\n")[0])
-    assert set(line) == {"id", "benchmark", "task", "scenario", "request", "prompt", "answer", "expected", "variant"}
+    assert set(line) == {
+        "id",
+        "benchmark",
+        "task",
+        "scenario",
+        "request",
+        "prompt",
+        "answer",
+        "expected",
+        "variant",
+        "asked",
+    }
 
 
 def test_only_unanswered_prompts_are_left(tmp_path):
@@ -125,6 +136,15 @@ def test_a_foreign_line_names_file_and_line(tmp_path):
         file.write('{"id": "x"}\n')
     with pytest.raises(CorruptFileError, match=r"base\.jsonl:2: keys \['id'\], expected"):
         GenerationLog(path, "base").rows()
+
+
+def test_rows_of_before_there_was_the_whole_request_are_read(tmp_path):
+    path = tmp_path / "base.jsonl"
+    with GenerationLog(path, "base") as log:
+        (row,) = log.append(prompts(1), ["a"])
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key != "asked"}
+    path.write_text(json.dumps(old) + "\n")
+    assert GenerationLog(path, "base").rows() == [row]
 
 
 def test_the_hash_tells_answers_apart():

@@ -1,0 +1,46 @@
+"""What the model of a run expects of real media: its blank and its processor say it, the section `media` bounds it."""
+
+from __future__ import annotations
+
+from configs.schema import Config
+from datamodules.media_files import MediaRules
+from mllm.loading import MLLM
+from mllm.media import blank_medium, sampling_rate
+
+
+def media_rules(cfg: Config, mllm: MLLM, fit: bool = False) -> MediaRules:
+    """The rules for `mllm`.
+
+    Args:
+        fit: bring every medium to the size of the blank (pixels; silence up to its length), as embeddings need that
+            are to stand in one store.
+    """
+    m, modality = cfg.media, mllm.spec.modality
+    blank = blank_medium(cfg.model, mllm.processor)
+    frames, size, samples, seconds = m.frames, None, None, m.max_seconds
+    if modality == "audio" and cfg.model.max_seconds is not None:
+        seconds = min(seconds, cfg.model.max_seconds)
+    if modality == "video" and m.frames is None and m.fps is None:
+        frames = len(blank)  # as many as an embedding stands for
+    if fit and modality == "audio":
+        samples = len(blank)
+    elif fit:
+        width, height = cfg.model.blank_size
+        size = (width, height)
+    return MediaRules(
+        modality,  # type: ignore[arg-type]
+        size=size,
+        frames=frames,
+        fps=m.fps,
+        sample_rate=sampling_rate(mllm.processor) if modality == "audio" else None,
+        resample=m.resample,
+        samples=samples,
+        max_seconds=seconds,
+        max_pixels=m.max_pixels,
+        max_megabytes=m.max_megabytes,
+    )
+
+
+def media_keys(cfg: Config) -> list[str]:
+    """The settings that decide what a medium is decoded to; pictures have none, so their old runs can be resumed."""
+    return [] if cfg.model.modality == "image" else ["media"]
