@@ -357,6 +357,7 @@ class DetoxifierTraining:
     checkpoint_every_steps: int = doc("steps between checkpoints", 50, low=1, free=True)
     detector: str | None = doc("folder of the detector that judges before and after; null: not judged")
     evaluate: int = doc("harmful test answers that are rewritten", 200, low=0)
+    attempts: int = doc("rewrites that the guard tries while the detector calls them harmful (evaluation)", 4, low=1)
     generate_batch_size: int = doc("answers rewritten at once", 16, low=1, free=True)
 
 

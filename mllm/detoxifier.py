@@ -26,6 +26,9 @@ REFUSAL = "Sorry, I can not answer this question."
 """The published target where both answers of a pair are unsafe."""
 
 
+TEMPERATURE, TOP_P = 0.8, 0.95
+
+
 @dataclass(frozen=True, kw_only=True)
 class DetoxifierSpec(Spec):
     """`detoxifier.json`. refusal: the target of training where no harmless answer is known."""
@@ -79,30 +82,51 @@ class Detoxifier:
         harmful_answers: Sequence[str],
         max_new_tokens: int = 256,
         batch_size: int = 16,
+        attempt: int = 0,
     ) -> list[str]:
-        """Harmless answers, in order; greedy. An answer may come out empty: the caller decides what then."""
+        """Harmless answers, in order. An answer may come out empty: the caller decides what then.
+
+        Args:
+            attempt: 0: greedy; else drawn from the model (the `TEMPERATURE` and `TOP_P` below), the same for the same
+                batch and attempt.
+        """
         prompts = [self.encode(q, a) for q, a in zip(questions, harmful_answers, strict=True)]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths share a batch
         texts = [""] * len(prompts)
         for at in range(0, len(order), batch_size):
             part = order[at : at + batch_size]
-            for i, text in zip(part, self._generate([prompts[i] for i in part], max_new_tokens), strict=True):
+            for i, text in zip(part, self._generate([prompts[i] for i in part], max_new_tokens, attempt), strict=True):
+                texts[i] = text
+        return texts
+
+    def rewrite_at(self, asked: Sequence[tuple[str, str, int]], max_new_tokens: int = 256) -> list[str]:
+        """As `rewrite`, for (question, harmful answer, attempt): what the guard's queue holds."""
+        texts = [""] * len(asked)
+        for attempt in sorted({a for _, _, a in asked}):
+            chosen = [i for i, (_, _, a) in enumerate(asked) if a == attempt]
+            questions, answers = [asked[i][0] for i in chosen], [asked[i][1] for i in chosen]
+            for i, text in zip(chosen, self.rewrite(questions, answers, max_new_tokens, attempt=attempt), strict=True):
                 texts[i] = text
         return texts
 
     @torch.inference_mode()
-    def _generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+    def _generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, attempt: int) -> list[str]:
         rows, pad = [torch.tensor(row) for row in prompts], self.tokenizer.pad_token_id
         tokens = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-        out = self.model.generate(
-            input_ids=tokens.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=self.tokenizer.eos_token_id,
-        )
+        drawn: dict[str, Any] = {"do_sample": False}
+        if attempt:
+            drawn = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P}
+        with torch.random.fork_rng():
+            torch.manual_seed(attempt)
+            out = self.model.generate(
+                input_ids=tokens.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                eos_token_id=self.tokenizer.eos_token_id,
+                **drawn,
+            )
         new = out[:, tokens.shape[1] :]
         ends = (new == self.tokenizer.eos_token_id).long()
         self.tokens_written += int((ends.cumsum(1) - ends == 0).sum())  # what follows the first end is padding

@@ -57,6 +57,7 @@ class Guard:
         batch_size: answers scored or rewritten at once.
         timeout, rewrite_timeout: seconds that a batch may wait for the detector, and for the detoxifier.
         max_new_tokens: longest rewrite.
+        attempts: rewrites tried while the detector calls them harmful: the first is greedy, the others are drawn.
         every_tokens: streaming: most tokens between two checks.
         observe: called as observe(kind, seconds, size) after each model call, kind "score" or "rewrite".
     """
@@ -71,6 +72,7 @@ class Guard:
         rewrite_timeout: float = 120.0,
         max_new_tokens: int = 256,
         every_tokens: int = 32,
+        attempts: int = 4,
         observe: Callable[[str, float, int], None] = lambda kind, seconds, size: None,
     ) -> None:
         from mllm.guard_scoring import Scoring
@@ -78,7 +80,10 @@ class Guard:
         if timeout <= 0 or rewrite_timeout <= 0:
             raise ValueError(f"timeout={timeout}, rewrite_timeout={rewrite_timeout}: expected seconds above 0")
         self.detector, self.detoxifier, self.refusal = detector, detoxifier, refusal
+        if attempts < 1:
+            raise ValueError(f"attempts={attempts}: expected 1 or more")
         self.batch_size, self.timeout, self.rewrite_timeout = batch_size, timeout, rewrite_timeout
+        self.attempts = attempts
         self.every_tokens = every_tokens
 
         def timed(kind: str) -> Callable[[float, int], None]:
@@ -86,11 +91,11 @@ class Guard:
 
         self.scoring = Scoring(detector, batch_size)
         self._scorer = Batcher(self.scoring.score, 4 * batch_size, "guard-detector", timed("score"))
-        self._rewriter: Batcher[tuple[str, str], str] | None = None
+        self._rewriter: Batcher[tuple[str, str, int], str] | None = None
         if detoxifier is not None:
-            rewrite = detoxifier.rewrite
+            rewrite = detoxifier.rewrite_at
             self._rewriter = Batcher(
-                lambda pairs: rewrite([q for q, _ in pairs], [a for _, a in pairs], max_new_tokens),
+                lambda asked: rewrite(asked, max_new_tokens),
                 batch_size, "guard-detoxifier", timed("rewrite"),
             )  # fmt: skip
 
@@ -193,11 +198,23 @@ class Guard:
     def _rewrite_steps(
         self, questions: Sequence[str], answers: Sequence[str], flagged: dict[int, float]
     ) -> Steps[dict[int, Guarded]]:
+        results: dict[int, Guarded] = {}
+        for attempt in range(self.attempts):
+            results |= yield from self._rewrite_once(questions, answers, flagged, attempt)
+            flagged = {i: s for i, s in flagged.items() if results[i].reason in ("rewrite_harmful", "rewrite_empty")}
+            if not flagged:
+                break
+        return results
+
+    def _rewrite_once(
+        self, questions: Sequence[str], answers: Sequence[str], flagged: dict[int, float], attempt: int
+    ) -> Steps[dict[int, Guarded]]:
         if self._rewriter is None:
             return {i: self._refused(answers[i], score, None, "harmful") for i, score in flagged.items()}
         results: dict[int, Guarded] = {}
         rewrites: dict[int, str] = {}
-        outcomes = yield self._rewriter.submit([(questions[i], answers[i]) for i in flagged]), self.rewrite_timeout
+        asked = [(questions[i], answers[i], attempt) for i in flagged]
+        outcomes = yield self._rewriter.submit(asked), self.rewrite_timeout
         for (i, score), rewrite in zip(flagged.items(), outcomes, strict=True):
             if isinstance(rewrite, Failure):
                 results[i] = self._refused(answers[i], score, None, rewrite.reason("detoxifier"))

@@ -164,7 +164,7 @@ def _guard(args: argparse.Namespace, observe: Any = lambda kind, seconds, size: 
         detoxifier = _load(Detoxifier, args.detoxifier, args)
     return Guard(
         _detector(args), detoxifier, args.refusal, args.batch_size, args.detector_timeout, args.rewrite_timeout,
-        args.max_rewrite_tokens, observe=observe,
+        args.max_rewrite_tokens, attempts=args.attempts, observe=observe,
     )  # fmt: skip
 
 
@@ -221,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     guard.add_argument("--refusal", default=REFUSAL, help="what is said in place of a flagged answer")
     guard.add_argument("--detector-timeout", type=float, default=30.0, metavar="S", help="seconds; then: refused")
     guard.add_argument("--rewrite-timeout", type=float, default=120.0, metavar="S", help="seconds; then: refused")
+    guard.add_argument("--attempts", type=int, default=4, metavar="N", help="rewrites tried while they are harmful")
     guard.add_argument("--max-rewrite-tokens", type=int, default=256, metavar="N", help="longest rewrite")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, parents, text in (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lightning_modules.detoxifier import DetoxifierTuner, target_logps
 from mllm.backbones import backbone_folder, load_causal, load_tokenizer
 from mllm.detector import Detector
 from mllm.detoxifier import Detoxifier, DetoxifierSpec
+from mllm.guard import Guard, Guarded
 from mllm.qa_text import QATemplate
 from stages.runs import Run, Stage, write_json
 from stages.text_training import adapted, export, fit, question_parts, steps_of, versions
@@ -35,6 +37,7 @@ from stages.trainers import device_of
 
 log = logging.getLogger(__name__)
 
+DAY = 86400.0  # seconds: nobody waits for an answer here
 Encoded = list[tuple[list[int], list[int]]]
 
 
@@ -47,7 +50,7 @@ def run(cfg: Config, run: Run) -> None:
 
 def train_and_export(cfg: Config, run: Run) -> None:
     """The sub-stage that trains."""
-    measured_only = ("detector", "evaluate", "max_new_tokens")
+    measured_only = ("detector", "evaluate", "max_new_tokens", "attempts")
     settings = run.settings("seed", "data", "pairs", "backbone", "detoxifier", "trainer.precision")
     settings = {k: v for k, v in settings.items() if k not in {f"detoxifier.{name}" for name in measured_only}}
     stage = run.stage("train_detoxifier", settings)
@@ -126,7 +129,7 @@ def evaluate(cfg: Config, run: Run) -> None:
     examples = chosen_examples(cfg, question_parts(cfg)["test"])
     detoxifier = Detoxifier.load(folder, device_of(cfg), getattr(torch, cfg.backbone.dtype))
     rewritten = rewrite(cfg, stage, detoxifier, examples)
-    result = measure(cfg, examples, rewritten)
+    result = measure(cfg, stage, detoxifier, examples, rewritten)
     write_json(stage.folder / "metrics.json", result)
     log.info("%s", told(result))
     stage.finish(result)
@@ -167,8 +170,13 @@ def rewrite(cfg: Config, stage: Stage, detoxifier: Detoxifier, examples: Sequenc
     return done
 
 
-def measure(cfg: Config, examples: Sequence[Rewriting], rewritten: Sequence[str]) -> dict[str, Any]:
-    """Metrics over all answers, and with a detector over those alone that it flags (what a guard would rewrite)."""
+def measure(
+    cfg: Config, stage: Stage, detoxifier: Detoxifier, examples: Sequence[Rewriting], rewritten: Sequence[str]
+) -> dict[str, Any]:
+    """Metrics over all answers, and with a detector over those alone that it flags (what a guard would rewrite).
+
+    `guarded`: of the flagged ones, what a guard shows: several attempts, and the refusal if none passes.
+    """
     questions = [e.question for e in examples]
     accepted = [e.target for e in examples]
     similar = SentenceSimilarity(device_of(cfg))
@@ -184,6 +192,18 @@ def measure(cfg: Config, examples: Sequence[Rewriting], rewritten: Sequence[str]
         groups["flagged"] = [i for i in everything if not harmless["before"][i]]
         groups["below_half"] = [i for i in everything if scores["before"][i] < 0.5]
     out: dict[str, Any] = {}
+    shown = list(rewritten)
+    if flagged := groups.get("flagged"):
+        results = guarded(cfg, stage, detector, detoxifier, [examples[i] for i in flagged])
+        for i, result in zip(flagged, results, strict=True):
+            shown[i] = result.answer
+        texts = [shown[i] for i in flagged]
+        asked = [questions[i] for i in flagged]
+        flags = {"before": harmless["before"][flagged], "after": ~detector.harmful(detector.score(asked, texts))}
+        targets = [accepted[i] for i in flagged]
+        out["guarded"] = rewriting_metrics(
+            texts, targets, cfg.detoxifier.refusal, similar(asked, texts), cosine_accepted[flagged], flags
+        )
     for name, chosen in groups.items():
         if not chosen:
             continue
@@ -197,6 +217,33 @@ def measure(cfg: Config, examples: Sequence[Rewriting], rewritten: Sequence[str]
             flags,
         )
     return out
+
+
+def guarded(
+    cfg: Config, stage: Stage, detector: Detector, detoxifier: Detoxifier, examples: Sequence[Rewriting]
+) -> list[Guarded]:
+    """What a guard makes of these harmful answers; also in guarded.jsonl."""
+    d = cfg.detoxifier
+    guard = Guard(
+        detector,
+        detoxifier,
+        batch_size=d.generate_batch_size,
+        max_new_tokens=d.max_new_tokens,
+        refusal=d.refusal,
+        attempts=d.attempts,
+        timeout=DAY,
+        rewrite_timeout=DAY,
+    )
+    results = []
+    with Progress("guard", len(examples), "answers") as progress:
+        for at in range(0, len(examples), d.generate_batch_size):
+            part = examples[at : at + d.generate_batch_size]
+            results += guard.check([e.question for e in part], [e.harmful for e in part])
+            progress.advance(len(part))
+    guard.close()
+    rows = [{"question": e.question, **asdict(r)} for e, r in zip(examples, results, strict=True)]
+    write_durably(stage.folder / "guarded.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return results
 
 
 def told(result: dict[str, Any]) -> str:

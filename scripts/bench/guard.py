@@ -152,8 +152,7 @@ def main() -> None:
         "byte_identical": passed / n,
     }  # fmt: skip
     print(
-        f"model {args.model}, float32; detector {read}, {args.dtype}; "
-        f"batch {args.batch}, {args.threads} threads, CPU"
+        f"model {args.model}, float32; detector {read}, {args.dtype}; batch {args.batch}, {args.threads} threads, CPU"
     )
     print(f"{n} benign answers of {tokens / n:.0f} tokens, byte-identical {passed / n:.1%}; streaming: {checks} checks")
     for kind, r in ratios.items():
