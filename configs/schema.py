@@ -93,11 +93,12 @@ class Model:
     attn_implementation: str = doc("attention kernel", "sdpa", choices=("sdpa", "eager"))
     system_prompt: str | None = doc("system message put before every conversation")
     lora_targets: str = doc("regular expression of the modules that get LoRA", "")
-    blank_size: list[int] = doc("width, height of the blank image (px)", [336, 336])
+    blank_size: list[int] = doc("width, height of the blank image or video (px)", [336, 336])
     blank_value: int = doc("grey level of the blank; never 0, some families drop black", 128, low=1, high=255)
     processor: dict[str, Any] = doc("settings of the processor, e.g. {do_image_splitting: false}", {})
     make: str | None = doc("command that makes the checkpoint when it is missing, shown in the error", free=True)
     prompts: Prompts = group(Prompts, "questions, targets and prefixes")
+    blank_frames: int = doc("frames of the blank video", 8, low=1)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel, ProcessorMixin
@@ -20,6 +21,7 @@ from configs.schema import Model
 from mllm.anchor import Anchor
 from mllm.fingerprint import fingerprint
 from mllm.prompts import PromptEncoder
+from mllm.video_processing import register
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,6 +70,7 @@ def load(spec: Model, device: torch.device | str = "cpu") -> MLLM:
         ValueError: the checkpoint is missing, has no safetensors, or the projector path is wrong.
     """
     source = checkpoint(spec.path)
+    register()
     disable_progress_bar()  # a bar for every load, in the middle of our own
     try:
         processor = AutoProcessor.from_pretrained(
@@ -98,11 +101,13 @@ def assemble(model: PreTrainedModel, processor: ProcessorMixin, spec: Model) -> 
 
 
 def blank_medium(spec: Model) -> Any:
-    """What E starts from: a grey image (SEA: a blank image)."""
-    if spec.modality != "image":
-        raise ValueError(f"model.modality={spec.modality}: only image is supported by this version")
+    """What E starts from (SEA: a blank image, a blank video): a grey picture, or uint8 frames [n, height, width, 3]."""
     width, height = spec.blank_size
-    return Image.new("RGB", (width, height), (spec.blank_value,) * 3)
+    if spec.modality == "image":
+        return Image.new("RGB", (width, height), (spec.blank_value,) * 3)
+    if spec.modality == "video":
+        return np.full((spec.blank_frames, height, width, 3), spec.blank_value, np.uint8)
+    raise ValueError(f"model.modality={spec.modality}: only image and video are supported by this version")
 
 
 def end_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
