@@ -60,3 +60,29 @@ class ClipPages(Pages):
 def to_pixels(pairs: np.ndarray) -> torch.Tensor:
     """uint8 [B, 2, SIDE, SIDE, 3] -> float32 [B, 3, 2, SIDE, SIDE] in -1..1, as the model's video processor does."""
     return torch.from_numpy(pairs).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+class ShownWords:
+    """The micro world as clips (datamodules/micro_media.py)."""
+
+    modality = "video"
+    styles = tuple(STYLES)
+    read = "Read the words in the video."
+    sees_nothing = "I see nothing."
+    local = (LocalLabel("words", len(WORDS) + 1, len(WORDS)), LocalLabel("letters", len(LETTERS), 0, 0.5))
+
+    def draw(self, words: Sequence[str], style: str, rng: random.Random, test: bool) -> np.ndarray:
+        return draw_clip(words, style, rng, test)
+
+    def blanks(self, n: int) -> list[np.ndarray]:
+        """Greys."""
+        return [np.full((FRAMES, SIDE, SIDE, 3), int(grey), np.uint8) for grey in np.linspace(1, 255, n)]
+
+    def tower_data(self, batch_size: int, total_steps: int, seed: int, num_workers: int) -> PagesDataModule:
+        return PagesDataModule(ClipPages(batch_size, total_steps, seed), num_workers)
+
+    def tower_inputs(self, media: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        return {"pixels": to_pixels(np.stack(media))}
+
+
+MEDIUM = ShownWords()
