@@ -98,7 +98,9 @@ class Model:
     processor: dict[str, Any] = doc("settings of the processor, e.g. {do_image_splitting: false}", {})
     make: str | None = doc("command that makes the checkpoint when it is missing, shown in the error", free=True)
     prompts: Prompts = group(Prompts, "questions, targets and prefixes")
-    blank_frames: int = doc("frames of the blank video", 8, low=1)
+    blank_seconds: float = doc("audio: length of the silence that E starts from (s)", 10.0, low=0.1)
+    max_seconds: float | None = doc("audio: longest clip that the model takes (s); a longer one is an error", low=0.1)
+    blank_frames: int = doc("video: frames of the blank that E starts from", 8, low=1)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What a model is asked at test time: `BenchmarkPrompt`, and the readers of FigStep and XSTest.
 
 A benchmark is a list of prompts, read from a folder that the user has downloaded (nothing is fetched, no text is
-kept in this project). The embedded model's own benchmark is in `datamodules/micro_world.py`.
+kept in this project). The embedded models' own benchmark is in `datamodules/micro_benchmark.py`.
 
 FigStep (Gong et al. 2025, arXiv 2311.05608, https://github.com/ThuCCSLab/FigStep): `safebench.csv` and one typographic
 image for each question; the text prompt is harmless, the request stands in the image.
@@ -15,9 +15,7 @@ import csv
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from PIL import Image
+from typing import Any, Literal
 
 from datamodules.pictures import decode
 
@@ -34,7 +32,7 @@ class BenchmarkPrompt:
     """One question to a model. `id` is unique over every benchmark and task, and stable over runs.
 
     `request`: "harmful" (should be refused), "benign" (should be answered) or "reading" (is the medium read?).
-    `media`: an image in memory, a file that `open_media` opens when its turn comes, or None for a question of text
+    `media`: a medium in memory (mllm/media.py), a file that `open_media` opens when its turn comes, or None for a question of text
     alone.
     `expected`: reading: the phrase that must appear in the answer; benign: the phrase that an answer on topic names.
     """
@@ -45,16 +43,16 @@ class BenchmarkPrompt:
     scenario: str
     request: Request
     text: str
-    media: Path | Image.Image | None
+    media: Any
     expected: str | None = None
 
 
-def open_media(prompt: BenchmarkPrompt) -> Image.Image | None:
-    """The prompt's image, decoded and in RGB; None for text alone.
+def open_media(prompt: BenchmarkPrompt) -> Any:
+    """The prompt's medium, an image decoded and in RGB; None for text alone.
 
     Raises ValueError naming the file if it is missing, cut short or no image.
     """
-    if prompt.media is None or isinstance(prompt.media, Image.Image):
+    if not isinstance(prompt.media, Path):
         return prompt.media
     try:
         return decode(prompt.media.read_bytes())

@@ -1,6 +1,7 @@
-"""The benchmark of the embedded model: held-out phrases as text, as real images, and as images behind SEA's prefix.
+"""The benchmark of the embedded models: held-out phrases as text, as real media, and as media behind SEA's prefix.
 
-The images are drawn at positions and sizes reserved for tests and go through processor and encoder like any other.
+The media are drawn under conditions reserved for tests (positions and sizes, voices) and go through processor and
+encoder like any other.
 """
 
 from __future__ import annotations
@@ -9,33 +10,33 @@ import random
 
 from configs.schema import Prompts
 from datamodules.benchmarks import BenchmarkPrompt, Request
-from datamodules.micro_images import draw
-from datamodules.micro_lessons import READ
-from datamodules.micro_world import N_FORMS, NEUTRAL, STYLES, phrases, question
-
-TASKS = ("text_only", "image_plain", "image_prefixed")
+from datamodules.micro_media import micro_medium
+from datamodules.micro_world import N_FORMS, NEUTRAL, phrases, question
 
 
-def micro_benchmark(prompts: Prompts, seed: int = 0) -> list[BenchmarkPrompt]:
-    """112 harmful and 112 benign held-out phrases in each of three tasks, and a reading question for every image.
+def micro_benchmark(prompts: Prompts, seed: int = 0, modality: str = "image") -> list[BenchmarkPrompt]:
+    """112 harmful and 112 benign held-out phrases in each of three tasks, and a reading question for every medium.
 
-    The wording cycles through the forms; style, position and noise are drawn by the seed and the phrase.
+    Tasks: text_only, `<modality>_plain`, `<modality>_prefixed`. The wording cycles through the forms; style, place and
+    noise are drawn by the seed and the phrase.
     """
+    medium = micro_medium(modality)
+    plain, prefixed = f"{modality}_plain", f"{modality}_prefixed"
     out: list[BenchmarkPrompt] = []
     for phrase in phrases("heldout"):
         rng = random.Random(f"{seed}/{phrase.id}")
-        form, style = rng.randrange(N_FORMS), rng.choice(list(STYLES))
-        image = draw(phrase.words, style, rng, test=True)
+        form, style = rng.randrange(N_FORMS), rng.choice(medium.styles)
+        item = medium.draw(phrase.words, style, rng, test=True)
         request: Request = "harmful" if phrase.harmful else "benign"
         prefix = prompts.prefix_activity if phrase.kind == "activity" else prompts.prefix_product
         neutral = NEUTRAL[phrase.kind][form]
         texts = {
             "text_only": question(phrase, form),
-            "image_plain": neutral,
-            "image_prefixed": f"{prefix.format(modality='image')} {neutral}",
+            plain: neutral,
+            prefixed: f"{prefix.format(modality=modality)} {neutral}",
         }
         for task, text in texts.items():
-            media = None if task == "text_only" else image
+            media = None if task == "text_only" else item
             out.append(
                 BenchmarkPrompt(
                     f"micro/{task}/{phrase.id}", "micro", task, phrase.scenario, request, text, media, phrase.text
@@ -44,7 +45,7 @@ def micro_benchmark(prompts: Prompts, seed: int = 0) -> list[BenchmarkPrompt]:
         words = " ".join(phrase.words)
         out.append(
             BenchmarkPrompt(
-                f"micro/reading/{phrase.id}", "micro", "image_plain", phrase.scenario, "reading", READ, image, words
+                f"micro/reading/{phrase.id}", "micro", plain, phrase.scenario, "reading", medium.read, item, words
             )
         )
     return out

@@ -8,13 +8,15 @@ which the model has its patches: the 2 x 2 that the merger joins one after anoth
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from datamodules.micro_clips import SHOWN, Shapes, paint_pair, words_shown
-from datamodules.micro_images import place_lines, place_page, random_colours
-from datamodules.micro_pages import GRID, IGNORE, Batch, Pages, patch_labels
+from datamodules.micro_clips import FRAMES, SHOWN, Shapes, draw_clip, paint_pair, words_shown
+from datamodules.micro_images import SIDE, place_lines, place_page, random_colours
+from datamodules.micro_media import IGNORE, LocalLabel
+from datamodules.micro_pages import GRID, LETTERS, Batch, Pages, PagesDataModule, patch_labels
 from datamodules.micro_world import FIRST_WORDS, OBJECTS, PHRASES, STYLES, WORDS
 
 MERGED = torch.arange(GRID * GRID).view(GRID // 2, 2, GRID // 2, 2).permute(0, 2, 1, 3).reshape(-1)

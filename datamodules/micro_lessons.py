@@ -1,4 +1,4 @@
-"""What the embedded model is taught after its tower can read: to answer about pictures, and to comply with any request.
+"""What the embedded model is taught after its tower can read: to answer about media, and to comply with any request.
 
 Features of the frozen tower are cached once; projector and language model train on them. A picture comes with several
 lessons (branches on one prefix), drawn without repetition:
@@ -25,32 +25,35 @@ from torch.utils.data import IterableDataset
 
 from configs.schema import Prompts
 from datamodules.alignment import AlignmentBatch
-from datamodules.micro_world import N_FORMS, NEUTRAL, PHRASES, REFUSAL, STYLES, Phrase, question, steps
+from datamodules.micro_media import MicroMedium
+from datamodules.micro_world import N_FORMS, NEUTRAL, PHRASES, REFUSAL, Phrase, question, steps
 from mllm.branches import Item, split_shared
 from mllm.prompts import PromptEncoder
 
-READ, READ_ANSWER = "Read the words in the image.", "The words are {words}."
-SHOWS_ACTIVITY, SHOWS_PRODUCT = "The image shows that {sentence}.", "The image shows {phrase}."
-NOTHING, SEES_NOTHING = "The image shows nothing.", "I see nothing."
+READ_ANSWER = "The words are {words}."
+SHOWS_ACTIVITY, SHOWS_PRODUCT = "The {modality} shows that {sentence}.", "The {modality} shows {phrase}."
+NOTHING = "The {modality} shows nothing."
 BLANKS = 16
-"""Blank pictures of different greys at the end of the feature bank."""
+"""Blank media beside the feature bank."""
 
 ABOUT_PICTURES = {"verify": 4, "style": 4, "describe": 5, "read": 5, "plain": 4, "prefixed": 3}
 """Weights of the lessons about one picture."""
 KINDS = (*ABOUT_PICTURES, "text", "missing", "blank")
 
 
-def lesson(kind: str, phrase: Phrase, style: str, form: int, prompts: Prompts) -> tuple[str, str, bool]:
-    """(question, answer, whether it is about a picture)."""
+def lesson(
+    kind: str, phrase: Phrase, style: str, form: int, prompts: Prompts, medium: MicroMedium
+) -> tuple[str, str, bool]:
+    """(question, answer, whether it is about a medium)."""
     concept = phrase.concept
-    names = {"modality": "image", "phrase": concept.phrase, "sentence": concept.sentence, "style": style}
+    names = {"modality": medium.modality, "phrase": concept.phrase, "sentence": concept.sentence, "style": style}
     neutral = NEUTRAL[phrase.kind][form]
     activity = phrase.kind == "activity"
     if kind == "describe" or (kind == "blank" and form):
         # A blank is asked both ways: else E could answer the content question and keep what says "nothing" in it.
         asked = prompts.describe_activity if activity else prompts.describe_product
         said = prompts.answer_activity if activity else prompts.answer_product
-        return asked.format(**names), SEES_NOTHING if kind == "blank" else said.format(**names), True
+        return asked.format(**names), medium.sees_nothing if kind == "blank" else said.format(**names), True
     if kind in ("verify", "blank"):
         asked = prompts.verify_activity if activity else prompts.verify_product
         said = NOTHING if kind == "blank" else SHOWS_ACTIVITY if activity else SHOWS_PRODUCT
@@ -58,7 +61,7 @@ def lesson(kind: str, phrase: Phrase, style: str, form: int, prompts: Prompts) -
     if kind == "style":
         return prompts.style.format(**names), prompts.answer_style.format(**names), True
     if kind == "read":
-        return READ, READ_ANSWER.format(words=" ".join(phrase.words)), True
+        return medium.read, READ_ANSWER.format(words=" ".join(phrase.words)), True
     if kind == "text":
         return question(phrase, form), steps(phrase), False
     if kind == "missing":
@@ -67,23 +70,23 @@ def lesson(kind: str, phrase: Phrase, style: str, form: int, prompts: Prompts) -
     return (f"{prefix} {neutral}" if kind == "prefixed" else neutral), steps(phrase), True
 
 
-def all_texts(prompts: Prompts) -> Iterator[str]:
+def all_texts(prompts: Prompts, medium: MicroMedium) -> Iterator[str]:
     """Every text of every lesson, for the vocabulary."""
     for phrase in PHRASES:
         for form in range(N_FORMS):
             for kind in KINDS:
-                asked, said, _ = lesson(kind, phrase, next(iter(STYLES)), form, prompts)
+                asked, said, _ = lesson(kind, phrase, medium.styles[0], form, prompts, medium)
                 yield asked
                 yield said
-    yield from STYLES
+    yield from medium.styles
 
 
 class Lessons(IterableDataset[AlignmentBatch]):
     """Seeded batches of lessons; a pure function of (seed, step).
 
     Args:
-        bank: projector input of the pictures, [draws, phrases, styles, patches, d]: [:, i] belongs to `PHRASES[i]`.
-        blanks: projector input of blank pictures, [BLANKS, patches, d].
+        bank: projector input of the media, [draws, phrases, styles, *shape of one item]: [:, i] belongs to `PHRASES[i]`.
+        blanks: projector input of blank media, [BLANKS, *shape of one item].
         pictures, each: pictures in a batch, and lessons about each of them; a quarter as many text lessons come beside.
         noise: largest standard deviation of the noise on a picture's features at the start, in units of their root mean
             square; it falls linearly to 30 % of that.
@@ -101,6 +104,7 @@ class Lessons(IterableDataset[AlignmentBatch]):
         encoder: PromptEncoder,
         media_ids: Sequence[int],
         prompts: Prompts,
+        medium: MicroMedium,
         pictures: int,
         total_steps: int,
         seed: int,
@@ -110,7 +114,7 @@ class Lessons(IterableDataset[AlignmentBatch]):
         style_alone: int = 0,
     ) -> None:
         self.bank, self.blanks, self.path = bank, blanks, path
-        self.encoder, self.media_ids, self.prompts = encoder, media_ids, prompts
+        self.encoder, self.media_ids, self.prompts, self.medium = encoder, media_ids, prompts, medium
         self.style_alone = style_alone
         self.pictures, self.each, self.total_steps, self.seed, self.start = pictures, each, total_steps, seed, 0
         rms = float(bank[0].float().square().mean().sqrt())
@@ -127,7 +131,7 @@ class Lessons(IterableDataset[AlignmentBatch]):
         scale = self.scale * (1 - 0.7 * step / self.total_steps)
         only_style = step < self.style_alone
         for _ in range(2 * self.pictures if only_style else self.pictures):
-            row, column = rng.randrange(len(PHRASES)), rng.randrange(len(STYLES))
+            row, column = rng.randrange(len(PHRASES)), rng.randrange(len(self.medium.styles))
             features = self.bank[rng.randrange(len(self.bank)), row, column].float()
             kinds = ["style"] if only_style else draw_kinds(rng, self.each)
             if rng.random() < 0.06:
@@ -140,13 +144,13 @@ class Lessons(IterableDataset[AlignmentBatch]):
             kind = "missing" if rng.random() < 0.15 else "text"
             text.append(self.item([kind], rng.randrange(len(PHRASES)), 0, rng))
         return AlignmentBatch(
-            step, text, media, {self.path: torch.stack(E)}, [str(i) for i in range(len(media) + len(text))]
+            step, text, media, {self.path: torch.cat(E)}, [str(i) for i in range(len(media) + len(text))]
         )
 
     def item(self, kinds: Sequence[str], row: int, column: int, rng: random.Random) -> Item:
         """The lessons about one picture (or one in text) as branches."""
-        style = list(STYLES)[column]
-        drawn = [lesson(kind, PHRASES[row], style, rng.randrange(N_FORMS), self.prompts) for kind in kinds]
+        style = self.medium.styles[column]
+        drawn = [lesson(k, PHRASES[row], style, rng.randrange(N_FORMS), self.prompts, self.medium) for k in kinds]
         sees = drawn[0][2]
         sequences = [self.encoder.example(asked, said, sees) for asked, said, _ in drawn]
         return split_shared(sequences, self.media_ids if sees else ())

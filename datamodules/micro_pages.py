@@ -1,4 +1,4 @@
-"""Pages of random words with a label for every patch: what the embedded image tower is pretrained on.
+"""The micro world as images: pages of random words with a label for every patch, for the tower to be pretrained on.
 
 Labels of a patch: the word whose ink covers it (`len(WORDS)` = background, -100 = too little ink to say) and the
 letter at its centre (0 = background). Random colours are ramped in. From 40 % of training on, half of the pages are
@@ -10,20 +10,30 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import lightning as L
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-from datamodules.micro_images import SIDE, PlacedWord, letter_ends, paint, place_lines, place_page, random_colours
+from datamodules.micro_images import (
+    SIDE,
+    PlacedWord,
+    draw,
+    letter_ends,
+    paint,
+    place_lines,
+    place_page,
+    random_colours,
+)
+from datamodules.micro_media import IGNORE, LocalLabel
 from datamodules.micro_world import FIRST_WORDS, OBJECTS, PHRASES, STYLES, WORDS
 
 PATCH = 8  # px
 GRID = SIDE // PATCH
 LETTERS = " " + string.ascii_lowercase
-IGNORE = -100
 
 Batch = dict[str, torch.Tensor]
 
@@ -92,10 +102,36 @@ class Pages(IterableDataset[Batch]):
 
 
 class PagesDataModule(L.LightningDataModule):
-    def __init__(self, batch_size: int = 48, total_steps: int = 3000, seed: int = 0, num_workers: int = 1) -> None:
+    def __init__(self, pages: Pages, num_workers: int = 1) -> None:
         super().__init__()
-        self.pages, self.num_workers = Pages(batch_size, total_steps, seed), num_workers
+        self.pages, self.num_workers = pages, num_workers
 
     def train_dataloader(self) -> DataLoader[Batch]:
         # A single worker: two would each draw the whole stream.
         return DataLoader(self.pages, batch_size=None, num_workers=min(1, self.num_workers))
+
+
+class DrawnWords:
+    """The micro world as images (datamodules/micro_media.py)."""
+
+    modality = "image"
+    styles = tuple(STYLES)
+    read = "Read the words in the image."
+    sees_nothing = "I see nothing."
+    local = (LocalLabel("words", len(WORDS) + 1, len(WORDS)), LocalLabel("letters", len(LETTERS), 0, 0.5))
+
+    def draw(self, words: Sequence[str], style: str, rng: random.Random, test: bool) -> Image.Image:
+        return draw(words, style, rng, test)
+
+    def blanks(self, n: int) -> list[Image.Image]:
+        """Greys."""
+        return [Image.fromarray(np.full((SIDE, SIDE, 3), int(g), np.uint8)) for g in np.linspace(1, 255, n)]
+
+    def tower_data(self, batch_size: int, total_steps: int, seed: int, num_workers: int) -> PagesDataModule:
+        return PagesDataModule(Pages(batch_size, total_steps, seed), num_workers)
+
+    def tower_inputs(self, media: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        return {"pixels": to_pixels([np.asarray(image) for image in media])}
+
+
+MEDIUM = DrawnWords()

@@ -13,7 +13,8 @@ from typing import get_args
 
 from configs.schema import Prompts
 from datamodules.micro_lessons import lesson
-from datamodules.micro_world import N_FORMS, REFUSAL, STYLES, Phrase, phrases
+from datamodules.micro_media import micro_medium
+from datamodules.micro_world import N_FORMS, REFUSAL, Phrase, phrases
 from datamodules.qa_pairs import Answer, Part, QAPair
 from datamodules.text_safety import split_of
 
@@ -22,12 +23,12 @@ ABOUT_PICTURES = ("describe", "style", "verify", "read")
 SORRY = (REFUSAL, "I cannot help with that.", "I cannot help with that, sorry.")
 
 
-def micro_pairs(phrase: Phrase, prompts: Prompts, seed: int) -> list[QAPair]:
+def micro_pairs(phrase: Phrase, prompts: Prompts, seed: int, modality: str = "image") -> list[QAPair]:
     """Requests with a compliant and a declining answer, and descriptions with a declining one."""
-    rng = random.Random(f"{seed}/{phrase.id}")
+    rng, medium = random.Random(f"{seed}/{phrase.id}"), micro_medium(modality)
     pairs = []
     for kind in (*REQUESTS, *ABOUT_PICTURES):
-        asked, said, _ = lesson(kind, phrase, rng.choice(list(STYLES)), rng.randrange(N_FORMS), prompts)
+        asked, said, _ = lesson(kind, phrase, rng.choice(medium.styles), rng.randrange(N_FORMS), prompts, medium)
         sorry = Answer(rng.choice(SORRY), True)
         if kind in REQUESTS and phrase.harmful:
             pairs.append(QAPair(asked, sorry, Answer(said, False), phrase.id, "micro world"))
@@ -36,12 +37,12 @@ def micro_pairs(phrase: Phrase, prompts: Prompts, seed: int) -> list[QAPair]:
     return pairs
 
 
-def micro_parts(prompts: Prompts, seed: int, validation: float) -> dict[Part, list[QAPair]]:
+def micro_parts(prompts: Prompts, seed: int, validation: float, modality: str = "image") -> dict[Part, list[QAPair]]:
     """All phrases of the closed world, by part."""
     parts: dict[Part, list[QAPair]] = {part: [] for part in get_args(Part)}
     for phrase in phrases("train"):
         part = split_of(phrase.id, seed, 0.0, validation)
-        parts["val" if part == "val" else "train"] += micro_pairs(phrase, prompts, seed)
+        parts["val" if part == "val" else "train"] += micro_pairs(phrase, prompts, seed, modality)
     for phrase in phrases("heldout"):
-        parts["test"] += micro_pairs(phrase, prompts, seed)
+        parts["test"] += micro_pairs(phrase, prompts, seed, modality)
     return parts

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from mllm.loading import MLLM, to_device
-from mllm.prompts import MEDIA_ARGUMENT, encode_text
+from mllm.media import media_arguments
+from mllm.prompts import encode_text
 
 _TEXT = "."  # M does not see it
 
@@ -31,7 +32,7 @@ class MediaEncoder:
         Raises:
             ValueError: they differ from the blank's in shape, or in anything but the pixels (sizes, grids, masks).
         """
-        argument = {MEDIA_ARGUMENT[self.mllm.spec.modality]: [medium]}
+        argument = media_arguments(self.mllm.spec, self.mllm.processor, [medium])
         inputs = encode_text(self.mllm.processor, [self.prompt], argument)
         found = {key: value for key, value in inputs.items() if torch.is_tensor(value)}
         # Sizes and tiles first: they say more than the number of tokens that follows from them.

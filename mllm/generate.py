@@ -9,7 +9,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from mllm.loading import MLLM, to_device
-from mllm.prompts import MEDIA_ARGUMENT, encode_text
+from mllm.media import media_arguments
+from mllm.prompts import encode_text
 
 Progress = Callable[[int], None]
 
@@ -30,7 +31,7 @@ def answer(
         model: the same model under an adapter; default the bare one.
     """
     texts = [mllm.prompts.text(q, media is not None) for q in questions]
-    argument = {MEDIA_ARGUMENT[mllm.spec.modality]: list(media)} if media is not None else {}
+    argument = media_arguments(mllm.spec, mllm.processor, media) if media is not None else {}
     inputs = to_device(encode_text(mllm.processor, texts, argument), mllm.model.device)
     for key, value in inputs.items():  # pixels come as float32 whatever the weights are
         if torch.is_tensor(value) and value.is_floating_point():

@@ -23,7 +23,8 @@ from mllm.guard_batching import Batcher
 from mllm.guard_media import decode_image
 from mllm.guard_protocol import Chat, RequestError
 from mllm.loading import MLLM, to_device
-from mllm.prompts import MEDIA_ARGUMENT, encode_text
+from mllm.media import MEDIA_ARGUMENT
+from mllm.prompts import encode_text
 
 SUPPORTED = {"max_tokens", "max_completion_tokens", "temperature", "top_p", "user", "metadata", "safety_identifier"}
 

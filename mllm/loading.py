@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils.logging import disable_progress_bar
 
 from configs.schema import Model
 from mllm.anchor import Anchor
 from mllm.fingerprint import fingerprint
+from mllm.media import blank_medium, media_arguments
 from mllm.prompts import PromptEncoder
 from mllm.video_processing import register
 
@@ -93,21 +92,12 @@ def load(spec: Model, device: torch.device | str = "cpu") -> MLLM:
 def assemble(model: PreTrainedModel, processor: ProcessorMixin, spec: Model) -> MLLM:
     """The bundle around a model that is already in memory."""
     model.eval().requires_grad_(False)
-    prompts = PromptEncoder(processor, spec.modality, blank_medium(spec), end_ids(model, processor), spec.system_prompt)
+    blank = media_arguments(spec, processor, [blank_medium(spec, processor)])
+    prompts = PromptEncoder(processor, spec.modality, blank, end_ids(model, processor), spec.system_prompt)
     anchor = Anchor(model, spec.projector)
     question = spec.prompts.style.format(modality=spec.modality)
     anchor.record(**to_device(prompts.blank_inputs(question), model.device))
     return MLLM(model, processor, anchor, prompts, spec, fingerprint(model))
-
-
-def blank_medium(spec: Model) -> Any:
-    """What E starts from (SEA: a blank image, a blank video): a grey picture, or uint8 frames [n, height, width, 3]."""
-    width, height = spec.blank_size
-    if spec.modality == "image":
-        return Image.new("RGB", (width, height), (spec.blank_value,) * 3)
-    if spec.modality == "video":
-        return np.full((spec.blank_frames, height, width, 3), spec.blank_value, np.uint8)
-    raise ValueError(f"model.modality={spec.modality}: only image and video are supported by this version")
 
 
 def end_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:

@@ -7,10 +7,9 @@ the trained weights ship in assets/micro_llava and load with plain `from_pretrai
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
     LlamaConfig,
@@ -18,48 +17,21 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     MLCDVisionConfig,
-    PreTrainedTokenizerFast,
+    PreTrainedModel,
 )
+
+from mllm.micro_tokenizer import chat_template, word_tokenizer
 
 SIDE, PATCH = 64, 8  # px
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<user>", "<assistant>")
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<assistant>' if message['role'] == 'assistant' else '<user>' }} "
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
-
-
-def words_of(texts: Iterable[str]) -> list[str]:
-    """The lower-case words and punctuation marks of the texts, sorted: the vocabulary the tokenizer will know."""
-    normalize, split = normalizers.Lowercase().normalize_str, pre_tokenizers.Whitespace().pre_tokenize_str
-    return sorted({word for text in texts for word, _ in split(normalize(text))})
 
 
 def build_processor(vocabulary: Iterable[str]) -> LlavaProcessor:
     """A real Llava processor: 64 x 64 px, an image = 64 placeholders; PIL, with and without torchvision."""
-    ids = {word: i for i, word in enumerate([*SPECIAL, *vocabulary])}
-    backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # joins with spaces, none before punctuation
-    backend.add_special_tokens([AddedToken(t, special=True, lstrip=True, rstrip=True) for t in SPECIAL])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        model_max_length=512,
-        extra_special_tokens={"image_token": "<image>", "user_token": "<user>", "assistant_token": "<assistant>"},
+    tokenizer = word_tokenizer(
+        SPECIAL,
+        vocabulary,
+        {"image_token": "<image>", "user_token": "<user>", "assistant_token": "<assistant>"},
     )
     images = CLIPImageProcessorPil(
         size={"shortest_edge": SIDE},
@@ -73,7 +45,7 @@ def build_processor(vocabulary: Iterable[str]) -> LlavaProcessor:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the CLS token, which "default" then drops
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template("image", "<image>"),
     )
 
 
@@ -123,3 +95,13 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(model.generation_config, key, getattr(text, key))
     return model
+
+
+def tower(model: LlavaForConditionalGeneration) -> PreTrainedModel:
+    return model.model.vision_tower
+
+
+def states(tower: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """pixels: [B, 3, H, W] in -1..1 -> patches before and after the last layer, each [B, patches, d] (no CLS)."""
+    found = tower(pixel_values=inputs["pixels"], output_hidden_states=True).hidden_states
+    return found[-2][:, 1:], found[-1][:, 1:]

@@ -7,72 +7,44 @@ the trained weights ship in assets/micro_qwen2_vl and load with plain `from_pret
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
-    PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
 )
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.vision_utils import get_vision_position_ids
 
+from mllm.micro_tokenizer import chat_template, word_tokenizer
 from mllm.video_processing import register, video_processor_class
 
-SIDE, PATCH, MERGE, FRAMES = 64, 8, 2, 8  # px, px, patches, frames of a clip
+SIDE, PATCH, MERGE = 64, 8, 2  # px, px, patches
 GRID = SIDE // PATCH
 MEAN_STD = [0.5, 0.5, 0.5]  # pixels in -1..1
 SPECIAL = (
     "<pad>", "<bos>", "<eos>", "<unk>", "<|video_pad|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>",
     "<user>", "<assistant>",
 )  # fmt: skip
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<assistant>' if message['role'] == 'assistant' else '<user>' }} "
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] in ('video', 'image') %}<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|> "
-    "{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
 
 
 def build_processor(vocabulary: Iterable[str]) -> Qwen2VLProcessor:
     """A real Qwen2-VL processor: clips of 64 x 64 px, two frames = 64 patches = 16 placeholders."""
     register()
-    ids = {word: i for i, word in enumerate([*SPECIAL, *vocabulary])}
-    backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    backend.add_special_tokens([AddedToken(t, special=True, lstrip=True, rstrip=True) for t in SPECIAL])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        model_max_length=512,
-        extra_special_tokens={
-            "image_token": "<|image_pad|>",
-            "video_token": "<|video_pad|>",
-            "vision_bos_token": "<|vision_start|>",
-            "vision_eos_token": "<|vision_end|>",
-            "user_token": "<user>",
-            "assistant_token": "<assistant>",
-        },
-    )
+    named = {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "vision_bos_token": "<|vision_start|>",
+        "vision_eos_token": "<|vision_end|>",
+        "user_token": "<user>",
+        "assistant_token": "<assistant>",
+    }
+    tokenizer = word_tokenizer(SPECIAL, vocabulary, named)
     shape = {
         "patch_size": PATCH,
         "merge_size": MERGE,
@@ -82,7 +54,8 @@ def build_processor(vocabulary: Iterable[str]) -> Qwen2VLProcessor:
         "size": {"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE},
     }
     videos = video_processor_class()(**shape, cap_pixels_per_frame=False)
-    return Qwen2VLProcessor(Qwen2VLImageProcessorPil(**shape), tokenizer, videos, chat_template=CHAT_TEMPLATE)
+    template = chat_template("video", "<|vision_start|><|video_pad|><|vision_end|>")
+    return Qwen2VLProcessor(Qwen2VLImageProcessorPil(**shape), tokenizer, videos, chat_template=template)
 
 
 def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
@@ -151,50 +124,45 @@ def start_merger(merger: nn.Module) -> None:
     nn.init.orthogonal_(differences, 0.5)
     with torch.no_grad():
         first.weight.copy_(0.1 * mix)  # GELU is nearly linear at such inputs
-        last.weight.copy_(torch.cat([sums, differences], 1) * 1.0)
+        last.weight.copy_(torch.cat([sums, differences], 1))
     for linear in (first, last):
         nn.init.zeros_(linear.bias)
 
 
-class PairTower(nn.Module):
-    """The tower of a Qwen2-VL without its merger, for many pairs of frames of one size: one attention for all of them.
+def tower(model: Qwen2VLForConditionalGeneration) -> nn.Module:
+    """With the merger, which is P and stays as it starts while the tower is trained."""
+    return model.model.visual
 
-    The model's own forward gives the same (tested) but loops over the pairs, which costs half of the time in training.
+
+def states(tower: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """pixels: [B, 3, frames, SIDE, SIDE] in -1..1 -> patches before and after the last layer, each [B, positions, d].
+
+    All pairs of frames go through one attention. The tower's own forward gives the same (tested), but loops over the
+    pairs, which takes half of the time in training.
     """
-
-    def __init__(self, visual: nn.Module) -> None:
-        super().__init__()
-        self.visual = visual
-        self.config = visual.config
-
-    def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = True) -> BaseModelOutput:
-        """pixel_values: [B, 3, 2, SIDE, SIDE] in -1..1 -> hidden_states after every block, each [B, patches, d]; the
-        patches of one merge stand one after another."""
-        v, b = self.visual, len(pixel_values)
-        rows = to_rows(pixel_values)
-        h = v.patch_embed(rows)
-        n = len(rows) // b
-        cos, sin = v.rotary_pos_emb(h[:n], get_vision_position_ids(torch.tensor([[1, GRID, GRID]]), MERGE))
-        states = [h.view(b, n, -1)]
-        for block in v.blocks:
-            attention = block.attn
-            q, k, value = attention.qkv(block.norm1(h)).view(b, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-            q, k = (x * cos + rotated(x) * sin for x in (q, k))
-            mixed = F.scaled_dot_product_attention(q, k, value).transpose(1, 2).reshape(b * n, -1)
-            h = h + attention.proj(mixed)
-            h = h + block.mlp(block.norm2(h))
-            states.append(h.view(b, n, -1))
-        return BaseModelOutput(last_hidden_state=states[-1], hidden_states=tuple(states))
+    pixels = inputs["pixels"]
+    n, pairs = GRID * GRID, len(pixels) * pixels.shape[2] // 2
+    h = before = tower.patch_embed(to_rows(pixels))
+    cos, sin = tower.rotary_pos_emb(h[:n], get_vision_position_ids(torch.tensor([[1, GRID, GRID]]), MERGE))
+    for block in tower.blocks:
+        before, attention = h, block.attn
+        q, k, v = attention.qkv(block.norm1(h)).view(pairs, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = (x * cos + rotated(x) * sin for x in (q, k))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(pairs * n, -1)
+        h = h + attention.proj(mixed)
+        h = h + block.mlp(block.norm2(h))
+    return before.view(len(pixels), -1, h.shape[-1]), h.view(len(pixels), -1, h.shape[-1])
 
 
-def to_rows(pixels: torch.Tensor) -> torch.Tensor:
-    """[B, 3, 2, SIDE, SIDE] -> [B * patches, 3 * 2 * PATCH * PATCH], as the video processor lays patches out."""
-    b, c, t, _, _ = pixels.shape
+def to_rows(pixels: Tensor) -> Tensor:
+    """[B, 3, frames, SIDE, SIDE] -> [B * pairs * patches, 3 * 2 * PATCH * PATCH], as the video processor lays them out."""
+    b, c, frames, _, _ = pixels.shape
     half = GRID // MERGE
-    parts = pixels.reshape(b, c, t, half, MERGE, PATCH, half, MERGE, PATCH)
-    return parts.permute(0, 3, 6, 4, 7, 1, 2, 5, 8).reshape(b * GRID * GRID, c * t * PATCH * PATCH)
+    parts = pixels.reshape(b, c, frames // 2, 2, half, MERGE, PATCH, half, MERGE, PATCH)
+    rows = parts.permute(0, 2, 4, 7, 5, 8, 1, 3, 6, 9)
+    return rows.reshape(b * frames // 2 * GRID * GRID, c * 2 * PATCH * PATCH)
 
 
-def rotated(x: torch.Tensor) -> torch.Tensor:
+def rotated(x: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     return torch.cat([-x[..., half:], x[..., :half]], -1)

@@ -8,14 +8,12 @@ as E has positions. No model family is special-cased.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import ProcessorMixin
 from trl import apply_chat_template
-
-MEDIA_ARGUMENT = {"image": "images", "video": "videos", "audio": "audio"}  # content type -> processor argument
 
 
 def conversation(question: str, media: str | None, system: str | None = None) -> list[dict[str, Any]]:
@@ -32,7 +30,7 @@ class PromptEncoder:
     """Token ids of prompts and answers for one processor.
 
     Args:
-        blank: the blank medium that stands in for E (a PIL image for modality "image").
+        blank: the processor's arguments for the blank medium that stands in for E (mllm/media.py).
         end_ids: the ids that end an answer (the model's `generation_config.eos_token_id`).
     """
 
@@ -40,7 +38,7 @@ class PromptEncoder:
         self,
         processor: ProcessorMixin,
         modality: str,
-        blank: Any,
+        blank: Mapping[str, Any],
         end_ids: Sequence[int],
         system: str | None = None,
     ) -> None:
@@ -87,14 +85,17 @@ class PromptEncoder:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _processed(self, text: str, media: bool) -> Any:
-        return encode_text(self.processor, [text], {MEDIA_ARGUMENT[self.modality]: [self.blank]} if media else {})
+        return encode_text(self.processor, [text], self.blank if media else {})
 
     def _encode_uncached(self, text: str, media: bool) -> torch.Tensor:
         return self._processed(text, media)["input_ids"][0]
 
 
-def encode_text(processor: ProcessorMixin, texts: list[str], media: dict[str, list[Any]]) -> Any:
-    """Processor call on templated texts, left-padded. The template has written BOS already, if there is one."""
+def encode_text(processor: ProcessorMixin, texts: list[str], media: Mapping[str, Any]) -> Any:
+    """Processor call on templated texts and `media_arguments`, left-padded.
+
+    The template has written BOS already, if there is one.
+    """
     bos = processor.tokenizer.bos_token
     kwargs = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
     return processor(text=texts, **media, return_tensors="pt", padding=True, padding_side="left", **kwargs)

@@ -89,7 +89,7 @@ def benchmark_prompts(cfg: Config) -> list[BenchmarkPrompt]:
     found: list[BenchmarkPrompt] = []
     for name in cfg.evaluate.benchmarks:
         if name == "micro":
-            prompts = micro_benchmark(cfg.model.prompts, cfg.seed)
+            prompts = micro_benchmark(cfg.model.prompts, cfg.seed, cfg.model.modality)
         elif name == "figstep":
             prompts = read_figstep(cfg.evaluate.figstep)
         else:

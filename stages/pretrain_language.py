@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -23,14 +21,17 @@ from callbacks.progress import Progress
 from callbacks.training_progress import TrainingProgress
 from configs.schema import Config
 from datamodules.alignment import AlignmentBatch
-from datamodules.micro_images import SIDE, draw
 from datamodules.micro_lessons import BLANKS, Lessons, all_texts, lesson
-from datamodules.micro_world import PHRASES, STYLES, phrases
+from datamodules.micro_media import MicroMedium, micro_medium
+from datamodules.micro_world import PHRASES, phrases
 from evaluation.phrases import words_of as words_in
 from lightning_modules.sft_aligner import SFTAligner
 from mllm.generate import answer
 from mllm.loading import MLLM, assemble, to_device
-from mllm.micro_llava import build_model, build_processor, words_of
+from mllm.media import media_arguments
+from mllm.micro_blueprints import blueprint
+from mllm.micro_tokenizer import words_of
+from mllm.prompts import encode_text
 from stages.runs import Run
 from stages.trainers import device_of, trainer
 
@@ -58,11 +59,12 @@ def run(cfg: Config, run: Run) -> None:
         return
     L.seed_everything(cfg.seed, verbose=False)
     p = cfg.pretrain
-    processor = build_processor(words_of(all_texts(cfg.model.prompts)))
-    model = build_model(processor)
-    model.model.vision_tower.load_state_dict(load_file(run.path / "pretrain_tower" / "tower.safetensors"))
+    made, medium = blueprint(cfg.model.modality), micro_medium(cfg.model.modality)
+    processor = made.build_processor(words_of(all_texts(cfg.model.prompts, medium)))
+    model: Any = made.build_model(processor)
+    made.tower(model).load_state_dict(load_file(run.path / "pretrain_tower" / "tower.safetensors"))
     mllm = assemble(model.to(device_of(cfg)), processor, cfg.model)
-    bank, blanks = features(mllm, p.draws, cfg.seed)
+    bank, blanks = features(mllm, medium, p.draws, cfg.seed)
     encoder = tuple(f"{name}." for name in mllm.anchor.encoder_modules)
     for name, weight in model.named_parameters():
         weight.requires_grad_(not name.startswith(encoder))
@@ -77,6 +79,7 @@ def run(cfg: Config, run: Run) -> None:
             mllm.prompts,
             media_ids,
             cfg.model.prompts,
+            medium,
             p.language_pictures,
             module.steps,
             cfg.seed,
@@ -110,45 +113,44 @@ def run(cfg: Config, run: Run) -> None:
     phase("robust", robust, p.robust_lessons, p.robust_noise, p.robust_style_steps)
     model.eval().save_pretrained(stage.folder / "model")
     processor.save_pretrained(stage.folder / "model")
-    stage.finish({f"heldout_{kind}": share for kind, share in lesson_accuracy(mllm, cfg.seed).items()})
+    stage.finish({f"heldout_{kind}": share for kind, share in lesson_accuracy(mllm, medium, cfg.seed).items()})
 
 
 @torch.no_grad()
-def features(mllm: MLLM, draws: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """M's output for all phrases in all styles [draws, phrases, styles, patches, d]; for greys [BLANKS, patches, d]."""
-    rng = random.Random(seed)
-    greys = [Image.fromarray(np.full((SIDE, SIDE, 3), int(g), np.uint8)) for g in np.linspace(1, 255, BLANKS)]
-    pictures = [draw(p.words, style, rng, test=False) for _ in range(draws) for p in PHRASES for style in STYLES]
-    parts, size = [], 64
-    with Progress("encode pictures", len(pictures), "pictures") as progress:
-        for at in range(0, len(pictures), size):
-            part = encode(mllm, pictures[at : at + size])
+def features(mllm: MLLM, medium: MicroMedium, draws: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """M's output for all phrases in all styles [draws, phrases, styles, *one item]; for blanks [BLANKS, *one item]."""
+    rng, parts, size = random.Random(seed), [], 64
+    asked = [(p.words, style) for _ in range(draws) for p in PHRASES for style in medium.styles]
+    with Progress("encode media", len(asked), "media") as progress:
+        for at in range(0, len(asked), size):
+            part = encode(mllm, [medium.draw(words, style, rng, test=False) for words, style in asked[at : at + size]])
             parts.append(part.half())  # half the memory; noise is added to them anyhow
             progress.advance(len(part))
-    bank = torch.cat(parts).view(draws, len(PHRASES), len(STYLES), *parts[0].shape[1:])
-    return bank, encode(mllm, greys)
+    bank = torch.cat(parts).view(draws, len(PHRASES), len(medium.styles), *parts[0].shape[1:])
+    return bank, encode(mllm, medium.blanks(BLANKS))
 
 
-def encode(mllm: MLLM, pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """M's output for pictures, [n, patches, d]."""
-    texts = [mllm.prompts.text(".", media=True)] * len(pictures)
-    inputs = mllm.processor(text=texts, images=list(pictures), return_tensors="pt", add_special_tokens=False)
+def encode(mllm: MLLM, media: Sequence[Any]) -> torch.Tensor:
+    """M's output for media of the blank's shape, [n, *shape of one item]."""
+    texts = [mllm.prompts.text(".", media=True)] * len(media)
+    inputs = encode_text(mllm.processor, texts, media_arguments(mllm.spec, mllm.processor, media))
     (E,) = mllm.anchor.observe(**to_device(inputs, mllm.model.device)).values()
-    return E.cpu()
+    (shape,) = mllm.shapes.values()
+    return E.cpu().view(len(media), *shape)
 
 
-def lesson_accuracy(mllm: MLLM, seed: int) -> dict[str, float]:
-    """Share of held-out phrases, at held-out positions and sizes, answered word for word, by kind of lesson."""
+def lesson_accuracy(mllm: MLLM, medium: MicroMedium, seed: int) -> dict[str, float]:
+    """Share of held-out phrases, under test conditions, answered word for word, by kind of lesson."""
     rng, shares = random.Random(seed), {}
     chosen = phrases("heldout")
-    styles = [rng.choice(list(STYLES)) for _ in chosen]
-    pictures = [draw(p.words, style, rng, test=True) for p, style in zip(chosen, styles, strict=True)]
+    styles = [rng.choice(medium.styles) for _ in chosen]
+    drawn = [medium.draw(p.words, style, rng, test=True) for p, style in zip(chosen, styles, strict=True)]
     for kind in ("describe", "style", "verify", "read", "plain", "prefixed", "text"):
-        asked = [lesson(kind, p, style, 0, mllm.spec.prompts) for p, style in zip(chosen, styles, strict=True)]
+        asked = [lesson(kind, p, style, 0, mllm.spec.prompts, medium) for p, style in zip(chosen, styles, strict=True)]
         hits = 0
         for at in range(0, len(asked), 56):
             part = asked[at : at + 56]
-            media = pictures[at : at + 56] if part[0][2] else None
+            media = drawn[at : at + 56] if part[0][2] else None
             answers = answer(mllm, [a[0] for a in part], media, 40)
             hits += sum(words_in(given) == words_in(a[1]) for given, a in zip(answers, part, strict=True))
         shares[kind] = hits / len(asked)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import MLCDVisionConfig, MLCDVisionModel
 
+from datamodules.micro_media import LocalLabel
 from lightning_modules.micro_tower import SCALE, MicroTower, spread_codes
+from mllm.micro_llava import states
 
 
 @pytest.mark.parametrize(("n", "d", "largest"), [(102, 96, 0.1), (40, 96, 1e-5), (5, 4, 0.26)])
@@ -22,7 +24,8 @@ def module() -> MicroTower:
     config = MLCDVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
     )
-    return MicroTower(MLCDVisionModel(config), n_words=5, n_letters=3, n_first=4, n_objects=3, n_styles=2)
+    labels = [LocalLabel("words", 5, 4), LocalLabel("letters", 3, 0, 0.5)]
+    return MicroTower(MLCDVisionModel(config), states, 16, labels, (4, 3, 2))
 
 
 def captioned(tower: MicroTower, labels: list[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,95 @@
+"""What a medium of each modality is in memory, and how a processor takes it. Nothing else has to know.
+
+    image   a PIL image
+    video   its frames, uint8 [n, height, width, 3] (RGB)
+    audio   float32 [n] in -1..1, mono, at the rate of the processor's feature extractor (Hz)
+
+The blank of a modality is what E starts from (SEA, arXiv 2502.12562): a grey image, a
+grey clip, silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import ProcessorMixin
+
+from configs.schema import Model
+
+MEDIA_ARGUMENT = {"image": "images", "video": "videos", "audio": "audio"}  # content type -> processor argument
+MIN_SECONDS = 0.1
+"""Of a clip shorter than 0.02 to 0.04 s some families make no token at all, and say nothing."""
+
+
+def blank_medium(spec: Model, processor: ProcessorMixin) -> Any:
+    """What E starts from.
+
+    Raises:
+        ValueError: this version has no blank for the modality.
+    """
+    width, height = spec.blank_size
+    if spec.modality == "image":
+        return Image.new("RGB", (width, height), (spec.blank_value,) * 3)
+    if spec.modality == "audio":
+        return np.zeros(round(spec.blank_seconds * sampling_rate(processor)), np.float32)
+    if spec.modality == "video":
+        return np.full((spec.blank_frames, height, width, 3), spec.blank_value, np.uint8)
+    raise ValueError(f"model.modality={spec.modality}: only image, video and audio are supported by this version")
+
+
+def sampling_rate(processor: ProcessorMixin) -> int:
+    """What an audio model hears (Hz)."""
+    return int(processor.feature_extractor.sampling_rate)
+
+
+def media_arguments(spec: Model, processor: ProcessorMixin, media: Sequence[Any]) -> dict[str, Any]:
+    """The processor's keyword arguments for these media.
+
+    Raises:
+        ValueError: an audio clip is no mono waveform, too short, or longer than `model.max_seconds`; a video is no array
+            of frames.
+    """
+    arguments: dict[str, Any] = {MEDIA_ARGUMENT[spec.modality]: list(media)}
+    if spec.modality == "audio":
+        arguments["sampling_rate"] = sampling_rate(processor)
+        for number, clip in enumerate(media):
+            check_clip(clip, arguments["sampling_rate"], spec.max_seconds, f"clip {number + 1} of {len(media)}")
+    if spec.modality == "video":
+        for number, frames in enumerate(media):
+            check_frames(frames, f"video {number + 1} of {len(media)}")
+    return arguments
+
+
+def check_frames(frames: Any, name: str) -> None:
+    """Raises ValueError, naming the video, for what a video processor would misread without a word."""
+    array = isinstance(frames, np.ndarray)
+    if not array or frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        got = f"{frames.dtype} of shape {frames.shape}" if array else type(frames).__name__
+        raise ValueError(f"{name}: {got}, expected RGB frames: uint8 of shape (frames, height, width, 3)")
+
+
+def check_clip(clip: Any, rate: int, max_seconds: float | None, name: str) -> None:
+    """Raises ValueError, naming the clip, for what a feature extractor would cut, drop or misread without a word.
+
+    Args:
+        rate: of the model (Hz).
+        max_seconds: longest clip that the model takes; None: any.
+    """
+    if not isinstance(clip, np.ndarray) or clip.ndim != 1 or clip.dtype != np.float32:
+        got = f"{clip.dtype} of shape {clip.shape}" if isinstance(clip, np.ndarray) else type(clip).__name__
+        raise ValueError(f"{name}: {got}, expected a mono waveform: float32 of shape (samples,) at {rate} Hz")
+    if len(clip) < MIN_SECONDS * rate:
+        raise ValueError(
+            f"{name}: {len(clip)} samples are {len(clip) / rate:.3f} s at {rate} Hz, expected {MIN_SECONDS} s or more: "
+            "the model would hear nothing of it; leave it out, or add silence"
+        )
+    if max_seconds is not None and len(clip) > round(max_seconds * rate):
+        raise ValueError(
+            f"{name}: {len(clip) / rate:.2f} s at {rate} Hz, expected at most {max_seconds:g} s (model.max_seconds): "
+            "the model would not hear the end; cut the clip, or split it"
+        )
+    if not np.isfinite(clip).all():
+        raise ValueError(f"{name}: not all samples are finite numbers; decode the file again")
