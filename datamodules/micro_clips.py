@@ -59,7 +59,7 @@ def draw_clip(
 
 @dataclass(frozen=True)
 class Shapes:
-    """Discs and bars that move through the picture, wordless scenery: centre (px), velocity (px a frame), sizes (px)."""
+    """Discs and bars that move through the picture, wordless scenery; lengths in px, speeds in px a frame."""
 
     centres: np.ndarray  # [n, 2], y and x
     velocities: np.ndarray  # [n, 2]
@@ -93,7 +93,7 @@ def paint_pair(
     frame: int = 0,
     noise: float = 6.0,
 ) -> np.ndarray:
-    """Two frames, uint8 [2, SIDE, SIDE, 3]: words, or moving shapes half as strong as ink, and the grain of a camera."""
+    """Two frames, uint8 [2, SIDE, SIDE, 3]: words, or moving shapes half as strong as ink, and a camera's grain."""
     mask = np.zeros((2, SIDE, SIDE), np.float32)
     for word in placed:
         box = mask[:, word.y0 : word.y1, word.x0 : word.x1]

@@ -49,8 +49,8 @@ def media_arguments(spec: Model, processor: ProcessorMixin, media: Sequence[Any]
     """The processor's keyword arguments for these media.
 
     Raises:
-        ValueError: an audio clip is no mono waveform, too short, or longer than `model.max_seconds`; a video is no array
-            of frames.
+        ValueError: an audio clip is no mono waveform, too short, or longer than `model.max_seconds`; a video is no
+            array of frames.
     """
     arguments: dict[str, Any] = {MEDIA_ARGUMENT[spec.modality]: list(media)}
     if spec.modality == "audio":

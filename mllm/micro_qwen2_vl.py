@@ -155,7 +155,7 @@ def states(tower: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def to_rows(pixels: Tensor) -> Tensor:
-    """[B, 3, frames, SIDE, SIDE] -> [B * pairs * patches, 3 * 2 * PATCH * PATCH], as the video processor lays them out."""
+    """[B, 3, frames, SIDE, SIDE] -> [B * pairs * patches, 3 * 2 * PATCH * PATCH], as the processor has them."""
     b, c, frames, _, _ = pixels.shape
     half = GRID // MERGE
     parts = pixels.reshape(b, c, frames // 2, 2, half, MERGE, PATCH, half, MERGE, PATCH)

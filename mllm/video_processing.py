@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,8 @@ class Qwen2VLVideoProcessor(BaseVideoProcessor):
     """
 
     resample = PILImageResampling.BICUBIC
-    size = {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768}  # pixels of a frame: at least, at most
+    # Pixels of a frame, at least and at most.
+    size: ClassVar[dict[str, int]] = {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768}
     image_mean, image_std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     do_resize = do_rescale = do_normalize = do_convert_rgb = True
     do_sample_frames = False
@@ -58,7 +59,7 @@ class Qwen2VLVideoProcessor(BaseVideoProcessor):
     cap_pixels_per_frame = None
     max_video_tokens = 128000
     valid_kwargs = VideoSettings
-    model_input_names = ["pixel_values_videos", "video_grid_thw"]
+    model_input_names: ClassVar[list[str]] = ["pixel_values_videos", "video_grid_thw"]
 
     def __init__(self, **kwargs: Any) -> None:
         size = dict(kwargs.pop("size", None) or self.size)

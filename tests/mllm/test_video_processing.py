@@ -2,8 +2,8 @@
 
 `qwen2_vl_video_reference.json` holds what `transformers.Qwen2VLVideoProcessor` (transformers 5.24, torchvision 0.28.0,
 torch 2.13) made of the cases below: `python -m tests.mllm.test_video_processing` writes it where torchvision is
-installed. (There is no CPU build for this torch; the CUDA wheel works if the schemas of its compiled `nms` and `qnms` are
-defined before it is imported.) Where torchvision is installed, the tests compare with the real class itself as well.
+installed. (There is no CPU build for this torch; the CUDA wheel works if the schemas of its compiled `nms` and `qnms`
+are defined before it is imported.) Where torchvision is installed, the tests compare with the real class as well.
 """
 
 from __future__ import annotations
@@ -126,6 +126,30 @@ def test_auto_processor_loads_a_checkpoint_with_a_place_for_videos(tmp_path: Pat
     a, b = (p(text=text, videos=video, return_tensors="pt") for p in (made, loaded))
     assert a["input_ids"].shape == (1, 4 * 16 + 3)
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_published_checkpoints_older_file_is_read(tmp_path: Path) -> None:
+    """Qwen2-VL-7B's `preprocessor_config.json` names an image processor and has no file for videos."""
+    made = build_processor(["show"])
+    made.tokenizer.save_pretrained(tmp_path)
+    older = {
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(older))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded.video_processor).__name__ == "Qwen2VLVideoProcessor"
+    out = loaded(text="<|vision_start|><|video_pad|><|vision_end|> show", videos=[clip(4, 56, 84)], return_tensors="pt")
+    assert out["video_grid_thw"].tolist() == [[2, 4, 6]]
+    assert out["input_ids"].shape == (1, 2 * 2 * 3 + 3)
 
 
 def record() -> None:
