@@ -21,7 +21,8 @@ from datamodules.micro_world import FIRST_WORDS, OBJECTS, PHRASES, STYLES, WORDS
 
 MERGED = torch.arange(GRID * GRID).view(GRID // 2, 2, GRID // 2, 2).permute(0, 2, 1, 3).reshape(-1)
 """Row-major index of each patch in the model's order."""
-SHARES = {"nothing": 0.1, "first": 0.3, "object": 0.25, "both": 0.35}
+SHARES = {"nothing": 0.1, "first": 0.22, "object": 0.18, "both": 0.5}
+"""Of the pairs of clips; two words are the hardest to tell."""
 
 
 class ClipPages(Pages):
@@ -29,13 +30,15 @@ class ClipPages(Pages):
 
     def batch(self, step: int) -> Batch:
         rng, progress = random.Random(f"{self.seed}-{step}"), step / self.total_steps
-        share_random = 0.6 * min(1.0, max(0.0, (progress - 0.25) / 0.3))
+        # Random colours and pages of many words teach to read; the last third is mostly what clips are made of.
+        share_random = 0.2 if progress > 0.7 else 0.6 * min(1.0, max(0.0, (progress - 0.25) / 0.3))
+        share_pages = 1.0 if progress < 0.4 else 0.5 if progress < 0.7 else 0.25
         pairs, words, letters, whole = [], [], [], []
         for _ in range(self.batch_size):
             style = len(STYLES) if rng.random() < share_random else rng.randrange(len(STYLES))
             colours = random_colours(rng) if style == len(STYLES) else list(STYLES.values())[style]
             moving = None
-            if progress < 0.4 or rng.random() < 0.5:
+            if rng.random() < share_pages:
                 placed, label = place_page(WORDS, rng), (IGNORE, IGNORE)
             else:
                 phrase = rng.choice(PHRASES)

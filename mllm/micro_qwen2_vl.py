@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.vision_utils import get_vision_position_ids
 
+from mllm.micro_donor import start_from_images
 from mllm.micro_tokenizer import chat_template, word_tokenizer
 from mllm.video_processing import register, video_processor_class
 
@@ -90,6 +91,7 @@ def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
         "eos_token_id": ids["<eos>"],
         "tie_word_embeddings": True,
         "initializer_range": 0.08,
+        "rms_norm_eps": 1e-6,
     }
     config = Qwen2VLConfig(
         vision_config=tower,
@@ -108,6 +110,7 @@ def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     start_merger(model.model.visual.merger)
+    start_from_images(model, processor.tokenizer)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(model.generation_config, key, text[key])
     return model
@@ -123,7 +126,7 @@ def start_merger(merger: nn.Module) -> None:
     nn.init.orthogonal_(sums, 2.0)
     nn.init.orthogonal_(differences, 0.5)
     with torch.no_grad():
-        first.weight.copy_(0.1 * mix)  # GELU is nearly linear at such inputs
+        first.weight.copy_(0.3 * mix)  # GELU is nearly linear at such inputs
         last.weight.copy_(torch.cat([sums, differences], 1))
     for linear in (first, last):
         nn.init.zeros_(linear.bias)
