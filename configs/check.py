@@ -90,9 +90,10 @@ def _leave_out_training(cfg: Config) -> None:
 
 def _check_paths(cfg: Config) -> None:
     # model.path stays as it was written, for embedding stores know their model by it; mllm.loading looks it up alike.
-    if cfg.model.make and locate(cfg.model.path) is None:
-        raise ValueError(f"model.path: {cfg.model.path} is not there yet; make it with `{cfg.model.make}`")
-    _path_or_hub_id("model.path", cfg.model.path)
+    if not all(stage.startswith("pretrain_") for stage in cfg.stages):  # those make the model from nothing
+        if cfg.model.make and locate(cfg.model.path) is None:
+            raise ValueError(f"model.path: {cfg.model.path} is not there yet; make it with `{cfg.model.make}`")
+        _path_or_hub_id("model.path", cfg.model.path)
     if cfg.concepts.extractor == "local":
         cfg.concepts.path = _chat_model("concepts.path", cfg.concepts.path)
     if cfg.judge.kind == "local":

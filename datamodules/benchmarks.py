@@ -32,8 +32,8 @@ class BenchmarkPrompt:
     """One question to a model. `id` is unique over every benchmark and task, and stable over runs.
 
     `request`: "harmful" (should be refused), "benign" (should be answered) or "reading" (is the medium read?).
-    `media`: a medium in memory (mllm/media.py), a file that `open_media` opens when its turn comes, or None for a question of text
-    alone.
+    `media`: a medium in memory (mllm/media.py), a file that `open_media` opens when its turn comes, or None for a
+    question of text alone.
     `expected`: reading: the phrase that must appear in the answer; benign: the phrase that an answer on topic names.
     """
 

@@ -83,8 +83,10 @@ class ShownWords:
         """Greys."""
         return [np.full((FRAMES, SIDE, SIDE, 3), int(grey), np.uint8) for grey in np.linspace(1, 255, n)]
 
-    def tower_data(self, batch_size: int, total_steps: int, seed: int, num_workers: int) -> PagesDataModule:
-        return PagesDataModule(ClipPages(batch_size, total_steps, seed), num_workers)
+    def tower_data(
+        self, batch_size: int, total_steps: int, seed: int, num_workers: int, start: int = 0
+    ) -> PagesDataModule:
+        return PagesDataModule(ClipPages(batch_size, total_steps, seed, start), num_workers)
 
     def tower_inputs(self, media: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         return {"pixels": to_pixels(np.stack(media))}

@@ -85,7 +85,7 @@ class Lessons(IterableDataset[AlignmentBatch]):
     """Seeded batches of lessons; a pure function of (seed, step).
 
     Args:
-        bank: projector input of the media, [draws, phrases, styles, *shape of one item]: [:, i] belongs to `PHRASES[i]`.
+        bank: projector input of the media, [draws, phrases, styles, *shape of one item]; [:, i] is of `PHRASES[i]`.
         blanks: projector input of blank media, [BLANKS, *shape of one item].
         pictures, each: pictures in a batch, and lessons about each of them; a quarter as many text lessons come beside.
         noise: largest standard deviation of the noise on a picture's features at the start, in units of their root mean

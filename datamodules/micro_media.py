@@ -24,7 +24,7 @@ from datamodules.micro_world import FIRST_WORDS, OBJECTS
 _MODULES = {
     "image": "datamodules.micro_pages",
     "video": "datamodules.micro_clip_pages",
-    "audio": "datamodules.micro_speech",
+    "audio": "datamodules.micro_utterances",
 }
 
 IGNORE = -100
@@ -36,7 +36,7 @@ class LocalLabel:
     """What every position of the tower (patch, frame) learns to name, before the last layer; for reading, not kept.
 
     name: key in the tower's batches, int64 [B, positions], IGNORE where nobody can say.
-    classes: number of classes; background: the one that says "nothing here", which is most positions and so counts less.
+    classes: how many; background: the one that says "nothing here", which is most positions and so counts less.
     weight: of its loss.
     """
 
@@ -65,12 +65,14 @@ class MicroMedium(Protocol):
     def blanks(self, n: int) -> list[Any]:
         """`n` different media that show nothing; the first need not be the blank of `model.blank_*`."""
 
-    def tower_data(self, batch_size: int, total_steps: int, seed: int, num_workers: int) -> L.LightningDataModule:
-        """Batches for the tower, a pure function of (seed, step): a dictionary of tensors with
+    def tower_data(
+        self, batch_size: int, total_steps: int, seed: int, num_workers: int, start: int = 0
+    ) -> L.LightningDataModule:
+        """Batches for the tower from step `start` on, a pure function of (seed, step): a dictionary of tensors with
 
         - what the blueprint's `states` reads (pixels, features),
         - every label of `local`,
-        - first, object, style: int64 [B], classes of the whole medium with `caption_sizes` of them; the last class of each is
+        - first, object, style: int64 [B], classes of the whole medium, `caption_sizes` of them; the last of each is
           "nothing there" or "no known style"; first = IGNORE where the medium is not one phrase.
         """
 

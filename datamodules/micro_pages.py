@@ -127,8 +127,10 @@ class DrawnWords:
         """Greys."""
         return [Image.fromarray(np.full((SIDE, SIDE, 3), int(g), np.uint8)) for g in np.linspace(1, 255, n)]
 
-    def tower_data(self, batch_size: int, total_steps: int, seed: int, num_workers: int) -> PagesDataModule:
-        return PagesDataModule(Pages(batch_size, total_steps, seed), num_workers)
+    def tower_data(
+        self, batch_size: int, total_steps: int, seed: int, num_workers: int, start: int = 0
+    ) -> PagesDataModule:
+        return PagesDataModule(Pages(batch_size, total_steps, seed, start), num_workers)
 
     def tower_inputs(self, media: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         return {"pixels": to_pixels([np.asarray(image) for image in media])}

@@ -26,13 +26,10 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from datamodules.micro_media import IGNORE, LocalLabel
+from mllm.micro_codes import CODE, SCALE, offset
 
 States = Callable[[nn.Module, Mapping[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
 
-SCALE = 4.0
-"""Root mean square of a position's offset after the last layer, near that of the layers before it."""
-CODE = 0.6
-"""Root mean square of one code, in units of `SCALE`."""
 SHARPNESS = 12.0
 
 
@@ -69,8 +66,7 @@ class MicroTower(L.LightningModule):
             self.register_buffer(f"{label.name}_weight", weight, persistent=False)
         self.sizes = sizes
         self.register_buffer("codes", CODE * d**0.5 * spread_codes(sum(self.sizes), d), persistent=False)
-        signs = torch.randn(d, generator=torch.Generator().manual_seed(1)).sign()
-        self.register_buffer("offset", signs, persistent=False)
+        self.register_buffer("offset", offset(d), persistent=False)
 
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """States before and after the last layer, each [B, positions, d]."""
@@ -78,7 +74,8 @@ class MicroTower(L.LightningModule):
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         local, whole = self(batch)
-        loss, logs = torch.zeros((), device=local.device), {}
+        loss = torch.zeros((), device=local.device)
+        logs: dict[str, torch.Tensor] = {}
         for label in self.local:
             logits, target = self.heads[label.name](local), batch[label.name]
             each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight=self.class_weight(label))

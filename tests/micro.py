@@ -1,4 +1,4 @@
-"""The embedded model as a test fixture's content: loaded once a worker, wrapped afresh for each test."""
+"""The embedded models as a test fixture's content: loaded once a worker, wrapped afresh for each test."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from mllm.loading import MLLM, assemble, load
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@functools.lru_cache(maxsize=1)
-def config() -> Config:
-    return compose(["experiment=sea_image"]).config
+@functools.cache
+def config(experiment: str = "sea_image") -> Config:
+    return compose([f"experiment={experiment}"]).config
 
 
-@functools.lru_cache(maxsize=1)
-def _loaded() -> MLLM:
-    return load(config().model)
+@functools.cache
+def _loaded(experiment: str) -> MLLM:
+    return load(config(experiment).model)
 
 
-def micro(spec: Model | None = None, dtype: torch.dtype = torch.float32) -> MLLM:
+def micro(spec: Model | None = None, dtype: torch.dtype = torch.float32, experiment: str = "sea_image") -> MLLM:
     """A copy that a test may train or wrap."""
-    if not (ROOT / "assets" / "micro_llava" / "model.safetensors").exists():
-        pytest.fail("assets/micro_llava is missing: it is part of the repository")
-    loaded = _loaded()
+    folder = config(experiment).model.path
+    if not (ROOT / folder / "model.safetensors").exists():
+        pytest.fail(f"{folder} is missing: it is part of the repository")
+    loaded = _loaded(experiment)
     return assemble(copy.deepcopy(loaded.model).to(dtype), loaded.processor, spec or loaded.spec)
 
 

@@ -7,7 +7,8 @@ import torch
 from transformers import MLCDVisionConfig, MLCDVisionModel
 
 from datamodules.micro_media import LocalLabel
-from lightning_modules.micro_tower import SCALE, MicroTower, spread_codes
+from lightning_modules.micro_tower import MicroTower, spread_codes
+from mllm.micro_codes import SCALE
 from mllm.micro_llava import states
 
 

@@ -43,6 +43,7 @@ ARCHITECTURE: dict[str, Family] = {
     "internvl3_8b": BY_NAME["internvl"],
     "gemma3_4b": BY_NAME["gemma3"],
     "smolvlm_256m": BY_NAME["idefics3"],
+    "qwen2_audio_7b": BY_NAME["qwen2_audio"],
 }
 
 
