@@ -1,8 +1,9 @@
-"""The blueprint of the embedded video model: a genuine Qwen2-VL architecture of 1.0 M parameters, random weights.
+"""The blueprint of the embedded video model: a genuine Qwen2-VL architecture of 1.0 M parameters.
 
 A tower with 2-D rotary positions that reads two frames of a clip at a time, the ordinary merger of 2 x 2 patches, a
-three-layer Qwen2 with multimodal rotary positions, a word-level tokenizer. `experiment=pretrain_micro_video` trains it;
-the trained weights ship in assets/micro_qwen2_vl and load with plain `from_pretrained`.
+three-layer Qwen2 with multimodal rotary positions, a word-level tokenizer. The tower starts at random, the rest from the
+embedded image model (mllm/micro_donor.py). `experiment=pretrain_micro_video` trains it; the trained weights ship in
+assets/micro_qwen2_vl and load with plain `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from transformers import (
 )
 from transformers.vision_utils import get_vision_position_ids
 
+from mllm.micro_codes import like_captions
 from mllm.micro_donor import start_from_images
 from mllm.micro_tokenizer import chat_template, word_tokenizer
 from mllm.video_processing import register, video_processor_class
 
 SIDE, PATCH, MERGE = 64, 8, 2  # px, px, patches
 GRID = SIDE // PATCH
+RENAMED = {"video": "image", "<|video_pad|>": "<image>"}  # words, and the image model's in whose place they come
 MEAN_STD = [0.5, 0.5, 0.5]  # pixels in -1..1
 SPECIAL = (
     "<pad>", "<bos>", "<eos>", "<unk>", "<|video_pad|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>",
@@ -60,12 +63,7 @@ def build_processor(vocabulary: Iterable[str]) -> Qwen2VLProcessor:
 
 
 def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
-    """Random weights; seed torch before.
-
-    They start large: the language model at 1 / sqrt(width), the merger as an isometry of what its four patches have in
-    common. From the usual 0.02 training finds a map of low rank, in which words whose features are orthogonal end up
-    with cosines of 0.9 (docs/LOG.md).
-    """
+    """A random tower before the image model's projector and language model; seed torch before."""
     ids = processor.tokenizer.get_vocab()
     tower = {
         "depth": 4,
@@ -104,32 +102,35 @@ def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
         initializer_range=0.08,
     )
     model = Qwen2VLForConditionalGeneration(config)
-    for module in model.model.visual.modules():  # the tower starts as usual
+    for module in model.model.visual.modules():  # the library's 0.02 for the tower, not the 0.08 of small decoders
         if isinstance(module, (nn.Linear, nn.Conv3d)):
             nn.init.normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    start_merger(model.model.visual.merger)
-    start_from_images(model, processor.tokenizer)
+    start(model, ids)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(model.generation_config, key, text[key])
     return model
 
 
-def start_merger(merger: nn.Module) -> None:
-    """Sums and differences of the four patches (orthogonal), then sums into an isometry, differences weakly."""
-    first, last = merger.mlp[0], merger.mlp[2]  # type: ignore[index]
-    d, out = first.in_features // MERGE**2, last.out_features
-    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
-    mix = torch.kron(torch.kron(two, two) / 2, torch.eye(d))
-    sums, differences = torch.empty(out, d), torch.empty(out, first.in_features - d)
-    nn.init.orthogonal_(sums, 2.0)
-    nn.init.orthogonal_(differences, 0.5)
-    with torch.no_grad():
-        first.weight.copy_(0.3 * mix)  # GELU is nearly linear at such inputs
-        last.weight.copy_(torch.cat([sums, differences], 1))
+@torch.no_grad()
+def start(model: Qwen2VLForConditionalGeneration, ids: Mapping[str, int]) -> None:
+    """The image model's language model; its projector reads what the four patches of a merge have in common.
+
+    The merger's other rows start weakly. Its layer norm takes the size from the features, so the projector's first
+    layer gets it.
+    """
+    old = start_from_images(model.model.language_model, ids, RENAMED)
+    first, last = model.model.visual.merger.mlp[0], model.model.visual.merger.mlp[2]
+    units, d = old.linear_1.weight.shape
+    size = float(like_captions(4096, d).square().mean().sqrt())
     for linear in (first, last):
+        nn.init.orthogonal_(linear.weight, 0.1)
         nn.init.zeros_(linear.bias)
+    first.weight[:units] = (size / MERGE**2 * old.linear_1.weight).repeat(1, MERGE**2)
+    first.bias[:units] = old.linear_1.bias
+    last.weight[:, :units] = old.linear_2.weight
+    last.bias.copy_(old.linear_2.bias)
 
 
 def tower(model: Qwen2VLForConditionalGeneration) -> nn.Module:
