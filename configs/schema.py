@@ -107,13 +107,14 @@ class Model:
     attn_implementation: str = doc("attention kernel", "sdpa", choices=("sdpa", "eager"))
     system_prompt: str | None = doc("system message put before every conversation")
     lora_targets: str = doc("regular expression of the modules that get LoRA", "")
-    blank_size: list[int] = doc("width, height of the blank image (px)", [336, 336])
+    blank_size: list[int] = doc("width, height of the blank image or video (px)", [336, 336])
     blank_value: int = doc("grey level of the blank; never 0, some families drop black", 128, low=1, high=255)
     processor: dict[str, Any] = doc("settings of the processor, e.g. {do_image_splitting: false}", {})
     make: str | None = doc("command that makes the checkpoint when it is missing, shown in the error", free=True)
     prompts: Prompts = group(Prompts, "questions, targets and prefixes")
     blank_seconds: float = doc("audio: length of the silence that E starts from (s)", 10.0, low=0.1)
     max_seconds: float | None = doc("audio: longest clip that the model takes (s); a longer one is an error", low=0.1)
+    blank_frames: int = doc("video: frames of the blank that E starts from", 8, low=1)
 
 
 @dataclass

@@ -21,7 +21,11 @@ from torch import Tensor
 
 from datamodules.micro_world import FIRST_WORDS, OBJECTS
 
-_MODULES = {"image": "datamodules.micro_pages", "audio": "datamodules.micro_utterances"}
+_MODULES = {
+    "image": "datamodules.micro_pages",
+    "video": "datamodules.micro_clip_pages",
+    "audio": "datamodules.micro_utterances",
+}
 
 IGNORE = -100
 """A label that no loss counts."""

@@ -102,11 +102,9 @@ class Pages(IterableDataset[Batch]):
 
 
 class PagesDataModule(L.LightningDataModule):
-    def __init__(
-        self, batch_size: int = 48, total_steps: int = 3000, seed: int = 0, num_workers: int = 1, start: int = 0
-    ) -> None:
+    def __init__(self, pages: Pages, num_workers: int = 1) -> None:
         super().__init__()
-        self.pages, self.num_workers = Pages(batch_size, total_steps, seed, start), num_workers
+        self.pages, self.num_workers = pages, num_workers
 
     def train_dataloader(self) -> DataLoader[Batch]:
         # A single worker: two would each draw the whole stream.
@@ -132,7 +130,7 @@ class DrawnWords:
     def tower_data(
         self, batch_size: int, total_steps: int, seed: int, num_workers: int, start: int = 0
     ) -> PagesDataModule:
-        return PagesDataModule(batch_size, total_steps, seed, num_workers, start)
+        return PagesDataModule(Pages(batch_size, total_steps, seed, start), num_workers)
 
     def tower_inputs(self, media: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         return {"pixels": to_pixels([np.asarray(image) for image in media])}

@@ -108,10 +108,14 @@ class MicroTower(L.LightningModule):
 
     @torch.no_grad()
     def named(self, inputs: Mapping[str, torch.Tensor], first: torch.Tensor, thing: torch.Tensor) -> torch.Tensor:
-        """Share of positions that name both words, [B]; `first` and `thing` are their classes, [B]."""
+        """Whether the positions together name both words, bool [B]; `first` and `thing` are their classes, [B].
+
+        Each position gives its probabilities, but those of "nothing": where a medium shows its words one after another,
+        no position knows both.
+        """
         firsts, things, _ = self.caption_logits(self(inputs)[1])[1]
-        hit = (firsts.argmax(-1) == first[:, None]) & (things.argmax(-1) == thing[:, None])
-        return hit.float().mean(1)
+        voted = [logits.softmax(-1)[..., :-1].sum(1).argmax(-1) for logits in (firsts, things)]
+        return (voted[0] == first) & (voted[1] == thing)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)

@@ -20,6 +20,7 @@ from mllm.anchor import Anchor
 from mllm.fingerprint import fingerprint
 from mllm.media import blank_medium, media_arguments
 from mllm.prompts import PromptEncoder
+from mllm.video_processing import register
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,6 +69,7 @@ def load(spec: Model, device: torch.device | str = "cpu") -> MLLM:
         ValueError: the checkpoint is missing, has no safetensors, or the projector path is wrong.
     """
     source = checkpoint(spec.path)
+    register()
     disable_progress_bar()  # a bar for every load, in the middle of our own
     try:
         processor = AutoProcessor.from_pretrained(

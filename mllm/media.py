@@ -1,9 +1,11 @@
 """What a medium of each modality is in memory, and how a processor takes it. Nothing else has to know.
 
     image   a PIL image
+    video   its frames, uint8 [n, height, width, 3] (RGB)
     audio   float32 [n] in -1..1, mono, at the rate of the processor's feature extractor (Hz)
 
-The blank of a modality is what E starts from (SEA, arXiv 2502.12562): a grey image, silence.
+The blank of a modality is what E starts from (SEA, arXiv 2502.12562): a grey image, a
+grey clip, silence.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ def blank_medium(spec: Model, processor: ProcessorMixin) -> Any:
     Raises:
         ValueError: this version has no blank for the modality.
     """
+    width, height = spec.blank_size
     if spec.modality == "image":
-        width, height = spec.blank_size
         return Image.new("RGB", (width, height), (spec.blank_value,) * 3)
     if spec.modality == "audio":
         return np.zeros(round(spec.blank_seconds * sampling_rate(processor)), np.float32)
-    raise ValueError(f"model.modality={spec.modality}: only image and audio are supported by this version")
+    if spec.modality == "video":
+        return np.full((spec.blank_frames, height, width, 3), spec.blank_value, np.uint8)
+    raise ValueError(f"model.modality={spec.modality}: only image, video and audio are supported by this version")
 
 
 def sampling_rate(processor: ProcessorMixin) -> int:
@@ -45,14 +49,26 @@ def media_arguments(spec: Model, processor: ProcessorMixin, media: Sequence[Any]
     """The processor's keyword arguments for these media.
 
     Raises:
-        ValueError: an audio clip is no mono waveform, too short, or longer than `model.max_seconds`.
+        ValueError: an audio clip is no mono waveform, too short, or longer than `model.max_seconds`; a video is no
+            array of frames.
     """
     arguments: dict[str, Any] = {MEDIA_ARGUMENT[spec.modality]: list(media)}
     if spec.modality == "audio":
         arguments["sampling_rate"] = sampling_rate(processor)
         for number, clip in enumerate(media):
             check_clip(clip, arguments["sampling_rate"], spec.max_seconds, f"clip {number + 1} of {len(media)}")
+    if spec.modality == "video":
+        for number, frames in enumerate(media):
+            check_frames(frames, f"video {number + 1} of {len(media)}")
     return arguments
+
+
+def check_frames(frames: Any, name: str) -> None:
+    """Raises ValueError, naming the video, for what a video processor would misread without a word."""
+    array = isinstance(frames, np.ndarray)
+    if not array or frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        got = f"{frames.dtype} of shape {frames.shape}" if array else type(frames).__name__
+        raise ValueError(f"{name}: {got}, expected RGB frames: uint8 of shape (frames, height, width, 3)")
 
 
 def check_clip(clip: Any, rate: int, max_seconds: float | None, name: str) -> None:

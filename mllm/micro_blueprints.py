@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-_MODULES = {"image": "mllm.micro_llava", "audio": "mllm.micro_qwen2_audio"}
+_MODULES = {"image": "mllm.micro_llava", "video": "mllm.micro_qwen2_vl", "audio": "mllm.micro_qwen2_audio"}
 
 
 class Blueprint(Protocol):

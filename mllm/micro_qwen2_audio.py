@@ -12,15 +12,12 @@ Qwen that could talk: the micro world has the same words in every medium, and th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
-    LlavaForConditionalGeneration,
     PreTrainedModel,
     Qwen2AudioConfig,
     Qwen2AudioEncoderConfig,
@@ -32,10 +29,10 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import sinusoids
 
 from mllm.micro_codes import like_captions
+from mllm.micro_donor import start_from_images
 from mllm.micro_tokenizer import chat_template, word_tokenizer
 
 RATE, SECONDS, HOP, MELS, WIDTH = 16000, 5, 320, 64, 96  # Hz, s, samples, bands, d
-DONOR = Path(__file__).resolve().parent.parent / "assets" / "micro_llava"
 # Words of the audio model, and the image model's in whose place they come: the placeholder, the senses, the styles.
 RENAMED = {
     "<|AUDIO|>": "<image>", "audio": "image", "hear": "see", "repeat": "read",
@@ -97,7 +94,7 @@ def build_model(processor: Qwen2AudioProcessor) -> Qwen2AudioForConditionalGener
     )
     config = Qwen2AudioConfig(audio_config=tower, text_config=text, audio_token_index=ids["<|AUDIO|>"])
     model = Qwen2AudioForConditionalGeneration(config)
-    start_from_images(model, ids)
+    start(model, ids)
     with torch.no_grad():
         # Audio tokens are as large as the captions they shall carry (lightning_modules/micro_tower.py): a norm's weight
         # moves by no more than the learning rate a step.
@@ -110,23 +107,12 @@ def build_model(processor: Qwen2AudioProcessor) -> Qwen2AudioForConditionalGener
 
 
 @torch.no_grad()
-def start_from_images(model: Qwen2AudioForConditionalGeneration, ids: Mapping[str, int]) -> None:
-    """Copies the image model's language model, word by word, and the best linear fit of its projector."""
-    donor = LlavaForConditionalGeneration.from_pretrained(DONOR, use_safetensors=True).model
-    known = AutoTokenizer.from_pretrained(DONOR).get_vocab()
-    text, weights = model.model.language_model, donor.language_model.state_dict()
-    words = weights.pop("embed_tokens.weight")
-    missing, unexpected = text.load_state_dict(weights, strict=False)
-    assert not unexpected, unexpected
-    for name, weight in text.named_parameters():
-        if name in missing and name.endswith(".bias"):  # Qwen has biases where Llama has none
-            weight.zero_()
-    for word, row in ids.items():
-        if (old := known.get(RENAMED.get(word, word))) is not None:
-            text.embed_tokens.weight[row] = words[old]
-    model.lm_head.weight.copy_(text.embed_tokens.weight)  # the image model's are tied
+def start(model: Qwen2AudioForConditionalGeneration, ids: Mapping[str, int]) -> None:
+    """The image model's language model, and the best linear fit of its projector."""
+    old = start_from_images(model.model.language_model, ids, RENAMED)
+    model.lm_head.weight.copy_(model.model.language_model.embed_tokens.weight)  # the image model's are tied
     E = like_captions(4096, WIDTH)
-    wanted = donor.multi_modal_projector(E)
+    wanted = old(E)
     fitted = torch.linalg.lstsq(torch.cat([E, torch.ones(len(E), 1)], 1), wanted).solution
     projector = model.model.multi_modal_projector.linear
     projector.weight.copy_(fitted[:-1].T)

@@ -37,6 +37,7 @@ ARCHITECTURE: dict[str, Family] = {
     "llava_1_6_mistral_7b": BY_NAME["llava_next"],
     "llava_onevision_7b": BY_NAME["onevision_image"],
     "qwen2_vl_7b": IMAGE_OF_QWEN,
+    "qwen2_vl_7b_video": BY_NAME["qwen2_vl_video"],
     "qwen2_5_vl_7b": replace(IMAGE_OF_QWEN, build=BY_NAME["qwen2_5_vl_video"].build),
     "qwen3_vl_8b": replace(BY_NAME["qwen3_vl_image"], build=three_deepstack_mergers),
     "internvl3_8b": BY_NAME["internvl"],
@@ -56,7 +57,7 @@ def read(name: str) -> Model:
 
 def test_every_configuration_has_its_architecture_here() -> None:
     # The embedded models' own weights are tested where they are made.
-    assert set(ARCHITECTURE) == {p.stem for p in FOLDER.glob("*.yaml") if not p.stem.startswith("micro_")}
+    assert set(ARCHITECTURE) == {path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("micro_")}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURE)
