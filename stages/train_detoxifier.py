@@ -197,12 +197,12 @@ def measure(
         results = guarded(cfg, stage, detector, detoxifier, [examples[i] for i in flagged])
         for i, result in zip(flagged, results, strict=True):
             shown[i] = result.answer
-        texts = [shown[i] for i in flagged]
+        now = [shown[i] for i in flagged]
         asked = [questions[i] for i in flagged]
-        flags = {"before": harmless["before"][flagged], "after": ~detector.harmful(detector.score(asked, texts))}
+        flags = {"before": harmless["before"][flagged], "after": ~detector.harmful(detector.score(asked, now))}
         targets = [accepted[i] for i in flagged]
         out["guarded"] = rewriting_metrics(
-            texts, targets, cfg.detoxifier.refusal, similar(asked, texts), cosine_accepted[flagged], flags
+            now, targets, cfg.detoxifier.refusal, similar(asked, now), cosine_accepted[flagged], flags
         )
     for name, chosen in groups.items():
         if not chosen:

@@ -26,6 +26,19 @@ def test_a_batch_gives_what_each_gives_alone_in_order() -> None:
     assert d.rewrite([], []) == []
 
 
+def test_later_attempts_are_drawn_and_can_be_had_again_whatever_was_drawn_before() -> None:
+    d = detoxifier()
+    greedy = d.rewrite(QUESTIONS, ANSWERS, max_new_tokens=12)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    drawn = [d.rewrite(QUESTIONS, ANSWERS, max_new_tokens=12, attempt=n) for n in (1, 2, 1)]
+    assert drawn[0] == drawn[2]
+    assert len({tuple(greedy), tuple(drawn[0]), tuple(drawn[1])}) > 1
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's draws are disturbed
+    asked = [(q, a, n) for q, a, n in zip(QUESTIONS, ANSWERS, (0, 0, 0), strict=True)]
+    assert d.rewrite_at(asked, 12) == greedy
+
+
 def test_the_length_limit_counts_new_tokens_however_long_the_prompt() -> None:
     d = detoxifier()
     for answer in ("No.", "cake " * 100):

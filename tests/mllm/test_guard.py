@@ -60,6 +60,24 @@ def test_a_rewrite_that_is_still_harmful_becomes_the_refusal() -> None:
     assert result.score_after < 0.5
 
 
+@pytest.mark.parametrize(("attempts", "action"), [(2, "refused"), (3, "detoxified")])
+def test_a_harmful_rewrite_is_tried_again_and_only_that_one(attempts: int, action: str) -> None:
+    """A detoxifier whose third attempt at the hard answer is the first that is harmless."""
+    hard, easy = words(20, 2, 9), words(20, 3, 9)
+    asked: list[tuple[str, int]] = []
+
+    class Slow(type(detoxifier())):  # type: ignore[misc]
+        def rewrite(self, questions: Any, harmful_answers: Any, *args: Any, attempt: int = 0) -> list[str]:
+            asked.extend((a, attempt) for a in harmful_answers)
+            return [MARKER if a == hard and attempt < 2 else SAFE for a in harmful_answers]
+
+    plain = detoxifier()
+    guard = Guard(detector(), Slow(plain.model, plain.tokenizer, plain.spec), attempts=attempts)
+    first, second = guard.check(["w1 ?"] * 2, [hard, easy])
+    assert (first.action, second.action) == (action, "detoxified")
+    assert sorted(asked) == sorted([(easy, 0), *((hard, n) for n in range(attempts))])
+
+
 def test_without_a_detoxifier_it_refuses() -> None:
     results = Guard(detector(), refusal="No.").check(["w1 ?", "w1 ?", ""], [HARMFUL, BENIGN, ""])
     assert [(r.answer, r.action, r.reason) for r in results] == [
