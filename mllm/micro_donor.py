@@ -1,7 +1,7 @@
 """Embedded models of other media start from the embedded image model, as Qwen2-VL started from a Qwen that could talk.
 
-The micro world has the same words in every medium, and the towers put them into the same codes (mllm/micro_codes.py). So
-the image model's language model is copied word by word; what a family's projector takes over is the family's business.
+The micro world has the same words in every medium, and the towers put them into the same codes (mllm/micro_codes.py).
+So the image model's language model is copied word by word; what a family's projector takes over is the family's own.
 What is left to learn is little: from random weights the same took many times as long (docs/LOG.md).
 """
 

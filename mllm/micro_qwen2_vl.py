@@ -1,8 +1,8 @@
 """The blueprint of the embedded video model: a genuine Qwen2-VL architecture of 1.0 M parameters.
 
 A tower with 2-D rotary positions that reads two frames of a clip at a time, the ordinary merger of 2 x 2 patches, a
-three-layer Qwen2 with multimodal rotary positions, a word-level tokenizer. The tower starts at random, the rest from the
-embedded image model (mllm/micro_donor.py). `experiment=pretrain_micro_video` trains it; the trained weights ship in
+three-layer Qwen2 with multimodal rotary positions, a word-level tokenizer. The tower starts at random, the rest from
+the embedded image model (mllm/micro_donor.py). `experiment=pretrain_micro_video` trains it; the trained weights ship in
 assets/micro_qwen2_vl and load with plain `from_pretrained`.
 """
 

@@ -143,9 +143,9 @@ def test_the_recipe_runs_in_a_short_form_and_learns(tmp_path: Path, monkeypatch:
     short = [
         "pretrain.tower_steps=8",
         "pretrain.tower_batch_size=8",
-        "pretrain.language_steps=12",
-        "pretrain.robust_steps=2",
-        "pretrain.robust_style_steps=1",
+        "pretrain.language_steps=2",
+        "pretrain.robust_steps=24",
+        "pretrain.robust_style_steps=0",
         "pretrain.language_pictures=4",
         "pretrain.num_workers=0",
         "trainer.log_every_n_steps=1",
@@ -153,4 +153,4 @@ def test_the_recipe_runs_in_a_short_form_and_learns(tmp_path: Path, monkeypatch:
     assert train.main(["experiment=pretrain_micro_video", f"run_dir={folder}", *short]) == 0
     Qwen2VLForConditionalGeneration.from_pretrained(folder / "pretrain_language" / "model")
     losses = losses_of(folder / "pretrain_language" / "metrics" / "metrics.csv")
-    assert losses[11] < losses[0] - 0.5
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
