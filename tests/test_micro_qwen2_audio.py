@@ -27,6 +27,8 @@ from tests.micro import ROOT, config, micro
 from tests.test_micro_llava import losses_of
 
 FOLDER = ROOT / "assets" / "micro_qwen2_audio"
+if not FOLDER.is_dir():
+    pytest.skip("assets/micro_qwen2_audio has no weights yet", allow_module_level=True)
 PROMPTS = config("sea_audio").model.prompts
 
 
