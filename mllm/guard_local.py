@@ -13,19 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from trl import apply_chat_template
 
 from mllm.guard_backends import Piece
 from mllm.guard_batching import Batcher
-from mllm.guard_media import decode_image
+from mllm.guard_media import decode_audio, decode_image
 from mllm.guard_protocol import Chat, RequestError
 from mllm.loading import MLLM, to_device
-from mllm.media import MEDIA_ARGUMENT
+from mllm.media import media_arguments, sampling_rate
 from mllm.prompts import encode_text
 
+PARTS = {"image": "image_url", "audio": "input_audio"}
+"""What a request calls the medium of each modality; OpenAI knows no part for a video."""
 SUPPORTED = {"max_tokens", "max_completion_tokens", "temperature", "top_p", "user", "metadata", "safety_identifier"}
 
 
@@ -34,7 +35,7 @@ class Job:
     """One answer to be made. emit: takes the text as it grows, from the generating thread."""
 
     prompt: str
-    images: list[Image.Image]
+    media: list[Any]
     max_new_tokens: int
     temperature: float
     top_p: float
@@ -44,7 +45,7 @@ class Job:
 
     @property
     def kind(self) -> tuple[int, float, float]:
-        return len(self.images), self.temperature, self.top_p
+        return len(self.media), self.temperature, self.top_p
 
 
 class Local:
@@ -71,7 +72,7 @@ class Local:
                 if part["type"] == "text":
                     if any(token in part["text"] for token in special):  # would end the turn, or stand for an image
                         raise RequestError(400, "a message holds a special token of the model", "messages")
-                elif part["type"] != "image_url" or self._mllm.spec.modality != "image":
+                elif part["type"] != PARTS.get(self._mllm.spec.modality):
                     raise RequestError(400, f"this model takes {self._mllm.spec.modality} parts only", "messages")
 
     async def complete(self, chat: Chat) -> Piece:
@@ -110,13 +111,13 @@ class Local:
 
     def _job(self, chat: Chat) -> Job:
         """Raises RequestError."""
-        messages, images = [], []
+        messages, media = [], []
         for message in chat.messages:
             content, parts = message["content"], []
             for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
-                if part["type"] == "image_url":
-                    images.append(decode_image(part))
-                    parts.append({"type": "image"})
+                if part["type"] != "text":
+                    media.append(self._medium(part))
+                    parts.append({"type": self._mllm.spec.modality})
                 else:
                     parts.append({"type": "text", "text": part["text"]})
             role = "system" if message["role"] == "developer" else message["role"]
@@ -129,7 +130,18 @@ class Local:
         if type(limit) is not int or limit < 1:
             raise RequestError(400, "max_tokens must be an integer of 1 or more", "max_tokens")
         prompt = apply_chat_template({"prompt": messages}, self._mllm.processor)["prompt"]
-        return Job(prompt, images, min(limit, self._max_new_tokens), temperature, top_p)
+        return Job(prompt, media, min(limit, self._max_new_tokens), temperature, top_p)
+
+    def _medium(self, part: dict[str, Any]) -> Any:
+        mllm = self._mllm
+        if mllm.spec.modality == "image":
+            return decode_image(part)
+        clip = decode_audio(part, sampling_rate(mllm.processor))
+        try:
+            media_arguments(mllm.spec, mllm.processor, [clip])  # too short or too long for the model
+        except ValueError as error:
+            raise RequestError(400, str(error), "messages") from None
+        return clip
 
     def _run(self, jobs: list[Job]) -> list[Piece | None]:
         done: dict[int, Piece | None] = {}
@@ -142,9 +154,12 @@ class Local:
     def _generate(self, jobs: Sequence[Job]) -> list[Piece | None]:
         if any(job.begun for job in jobs):
             raise RuntimeError("generation broke off")
-        mllm, (n_images, temperature, top_p) = self._mllm, jobs[0].kind
-        pictures = [job.images[0] if n_images == 1 else job.images for job in jobs]
-        media: dict[str, list[Any]] = {MEDIA_ARGUMENT["image"]: pictures} if n_images else {}
+        mllm, (n_media, temperature, top_p) = self._mllm, jobs[0].kind
+        if mllm.spec.modality == "image":
+            given = [job.media[0] if n_media == 1 else job.media for job in jobs]
+        else:
+            given = [medium for job in jobs for medium in job.media]
+        media = media_arguments(mllm.spec, mllm.processor, given) if n_media else {}
         inputs = to_device(encode_text(mllm.processor, [job.prompt for job in jobs], media), mllm.model.device)
         for key, value in inputs.items():
             if torch.is_tensor(value) and value.is_floating_point():

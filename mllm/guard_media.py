@@ -1,4 +1,4 @@
-"""Images of a chat for a local checkpoint: only what came with the request, checked before it is decoded.
+"""Pictures and recordings of a chat for a local checkpoint: only what came with the request, checked before decoding.
 
 A remote address is refused: fetching it would let a client make this machine ask others (server-side request forgery).
 A picture is opened by its declared format alone, and its size in pixels is read from the header before any pixel is.
@@ -12,6 +12,7 @@ import io
 import re
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from mllm.guard_protocol import RequestError
@@ -19,6 +20,8 @@ from mllm.guard_protocol import RequestError
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "jpg": "JPEG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}
 MAX_BYTES = 10 << 20
 MAX_PIXELS = 32_000_000
+SOUNDS = {"wav": "WAV", "mp3": "MP3", "flac": "FLAC", "ogg": "OGG"}
+MAX_SECONDS = 600
 
 
 def decode_image(part: dict[str, Any], max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -44,6 +47,40 @@ def decode_image(part: dict[str, Any], max_bytes: int = MAX_BYTES, max_pixels: i
         return image.convert("RGB")
     except (binascii.Error, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise _bad(f"an image cannot be read ({type(error).__name__})") from None
+
+
+def decode_audio(part: dict[str, Any], rate: int, max_bytes: int = MAX_BYTES) -> np.ndarray:
+    """The recording of an `input_audio` part: float32 [n], mono, at `rate` (Hz).
+
+    Raises:
+        RequestError: 400: of another format, too long, or broken; 413: too large.
+    """
+    try:
+        import soundfile
+        import soxr
+    except ImportError:
+        raise _bad("recordings need pip install 'seawall[media]' on the server") from None
+    holder = part.get("input_audio")
+    holder = holder if isinstance(holder, dict) else {}
+    text, form = holder.get("data"), holder.get("format")
+    if not isinstance(text, str) or form not in SOUNDS:
+        raise _bad(f"expected input_audio with data (base64) and format, one of {', '.join(SOUNDS)}")
+    if len(text) * 3 // 4 > max_bytes:
+        raise RequestError(413, f"a recording has more than {max_bytes} bytes", "messages")
+    try:
+        with soundfile.SoundFile(io.BytesIO(base64.b64decode(text, validate=True))) as file:
+            if file.format != SOUNDS[form]:
+                raise _bad(f"a recording is {file.format}, its format says {form}")
+            if file.frames > MAX_SECONDS * file.samplerate or file.channels > 8:
+                raise RequestError(
+                    413, f"a recording is longer than {MAX_SECONDS} s or has over 8 channels", "messages"
+                )
+            samples, own = file.read(dtype="float32", always_2d=True).mean(1), file.samplerate
+    except (binascii.Error, ValueError, OSError, RuntimeError) as error:
+        raise _bad(f"a recording cannot be read ({type(error).__name__})") from None
+    if not len(samples) or not np.isfinite(samples).all():
+        raise _bad("a recording is empty or holds no numbers")
+    return samples if own == rate else soxr.resample(samples, own, rate)
 
 
 def _bad(message: str) -> RequestError:
