@@ -35,12 +35,15 @@ def words_shown(words: Sequence[str], shown: Shown) -> tuple[str, ...]:
 
 def storyboard(layout: Layout, rng: random.Random) -> list[Shown]:
     """What each of the PAIRS pairs shows."""
+    shown: list[Shown]
     if layout == "phrase":
         before = rng.randint(0, PAIRS - 1)
-        return ["nothing"] * before + ["both"] * (PAIRS - before)
+        shown = [*["nothing"] * before, *["both"] * (PAIRS - before)]  # type: ignore[list-item]
+        return shown
     before = rng.choice((0, 0, 1))
     first = rng.randint(1, PAIRS - before - 1)
-    return ["nothing"] * before + ["first"] * first + ["object"] * (PAIRS - before - first)
+    shown = [*["nothing"] * before, *["first"] * first, *["object"] * (PAIRS - before - first)]  # type: ignore[list-item]
+    return shown
 
 
 def draw_clip(
@@ -48,7 +51,8 @@ def draw_clip(
 ) -> np.ndarray:
     """The phrase as a clip, uint8 [FRAMES, SIDE, SIDE, 3], in one of `STYLES`; `test` draws at held-out positions and
     sizes; without `layout` the way is drawn too."""
-    chosen: Layout = layout or rng.choice(get_args(Layout))
+    layouts: tuple[Layout, ...] = get_args(Layout)
+    chosen = layout if layout is not None else rng.choice(layouts)
     story, pairs = storyboard(chosen, rng), []
     placed = {shown: place_lines(words_shown(words, shown), rng, test) for shown in SHOWN}
     moving = Shapes.draw(rng) if chosen == "phrase" or rng.random() < 0.5 else None
@@ -79,7 +83,7 @@ class Shapes:
     def at(self, frame: int) -> np.ndarray:
         """Coverage mask, float32 in 0..1, [SIDE, SIDE]; what leaves on one side comes back on the other."""
         centres = (self.centres + frame * self.velocities) % SIDE
-        grid = np.stack(np.mgrid[:SIDE, :SIDE], -1).astype(np.float32)
+        grid = np.stack(list(np.mgrid[:SIDE, :SIDE]), -1).astype(np.float32)
         away = np.abs(grid[:, :, None] - centres) / self.halves  # [SIDE, SIDE, n, 2]
         inside = np.where(self.round, (away**2).sum(-1), away.max(-1)) <= 1
         return inside.any(-1).astype(np.float32)

@@ -114,12 +114,12 @@ class Utterances(IterableDataset[Batch]):
             asked.append(said)
         spoken = iter(synthesize_all([said for said in asked if said is not None], RATE))
         clips, labels = [], []
-        for said, style in zip(asked, styles, strict=True):
+        for said, number in zip(asked, styles, strict=True):
             speech = (
                 Speech(np.zeros(0, np.float32), RATE, ()) if said is None else whole_words(next(spoken), frames * HOP)
             )
             setting = place(speech, rng, frames * HOP)
-            name = STYLES[style] if style < len(STYLES) else NORMAL_STYLE
+            name = STYLES[number] if number < len(STYLES) else NORMAL_STYLE
             clip = record(speech, name, setting, rng, frames * HOP)
             if full and said is not None and rng.random() < 0.4:
                 clip = clip[: setting.lead + len(speech.samples) + rng.randint(0, RATE // 3)]

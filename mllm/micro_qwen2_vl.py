@@ -120,8 +120,9 @@ def start(model: Qwen2VLForConditionalGeneration, ids: Mapping[str, int]) -> Non
     The merger's other rows start weakly. Its layer norm takes the size from the features, so the projector's first
     layer gets it.
     """
-    old = start_from_images(model.model.language_model, ids, RENAMED)
-    first, last = model.model.visual.merger.mlp[0], model.model.visual.merger.mlp[2]
+    old: Any = start_from_images(model.model.language_model, ids, RENAMED)
+    mlp: Any = model.model.visual.merger.mlp
+    first, last = mlp[0], mlp[2]
     units, d = old.linear_1.weight.shape
     size = float(like_captions(4096, d).square().mean().sqrt())
     for linear in (first, last):

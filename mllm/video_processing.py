@@ -29,7 +29,7 @@ from transformers.video_processing_utils import BaseVideoProcessor, VideoProcess
 LARGEST_RATIO = 200  # of the sides; the family refuses longer strips
 
 
-class VideoSettings(VideosKwargs, total=False):
+class VideoSettings(VideosKwargs, total=False):  # type: ignore[call-arg]
     """Keys of `preprocessor_config.json` that the family adds to those of every video processor."""
 
     min_pixels: int
@@ -106,7 +106,8 @@ class Qwen2VLVideoProcessor(BaseVideoProcessor):
                     factor = patch_size * merge_size
                     budget = int(self.max_video_tokens * factor * factor * 0.9) * temporal_patch_size // len(frames)
                     most = max(min(most, budget), int(size.shortest_edge * 1.05))
-                side = smart_size(*frames.shape[-2:], patch_size * merge_size, size.shortest_edge, most)
+                height, width = frames.shape[-2:]
+                side = smart_size(height, width, patch_size * merge_size, size.shortest_edge, most)
                 frames = resize(frames, side)
             scale = rescale_factor if do_rescale else 1.0
             frames = normalise(frames, scale, image_mean, image_std) if do_normalize else frames * scale
