@@ -117,8 +117,9 @@ class Detoxifier:
         drawn: dict[str, Any] = {"do_sample": False}
         if attempt:
             drawn = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P}
-        with torch.random.fork_rng():
-            torch.manual_seed(attempt)
+        with torch.random.fork_rng(enabled=attempt > 0):
+            if attempt:
+                torch.manual_seed(attempt)
             out = self.model.generate(
                 input_ids=tokens.to(self.model.device),
                 attention_mask=mask.to(self.model.device),

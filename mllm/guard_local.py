@@ -68,11 +68,15 @@ class Local:
         special = [t for t in self._mllm.processor.tokenizer.all_special_tokens if t]
         for message in chat.messages:
             content = message["content"]
-            for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+            parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+            # The template joins the texts: a token may be split over two of them.
+            text = "".join(part["text"] for part in parts if part["type"] == "text")
+            if any(token in text for token in special):  # would end the turn, or stand for an image
+                raise RequestError(400, "a message holds a special token of the model", "messages")
+            for part in parts:
                 if part["type"] == "text":
-                    if any(token in part["text"] for token in special):  # would end the turn, or stand for an image
-                        raise RequestError(400, "a message holds a special token of the model", "messages")
-                elif part["type"] != PARTS.get(self._mllm.spec.modality):
+                    continue
+                if part["type"] != PARTS.get(self._mllm.spec.modality):
                     raise RequestError(400, f"this model takes {self._mllm.spec.modality} parts only", "messages")
 
     async def complete(self, chat: Chat) -> Piece:

@@ -22,6 +22,7 @@ MAX_BYTES = 10 << 20
 MAX_PIXELS = 32_000_000
 SOUNDS = {"wav": "WAV", "mp3": "MP3", "flac": "FLAC", "ogg": "OGG"}
 MAX_SECONDS = 600
+MAX_SAMPLES = 20_000_000  # over all channels: 80 MB once decoded
 
 
 def decode_image(part: dict[str, Any], max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -71,16 +72,19 @@ def decode_audio(part: dict[str, Any], rate: int, max_bytes: int = MAX_BYTES) ->
         with soundfile.SoundFile(io.BytesIO(base64.b64decode(text, validate=True))) as file:
             if file.format != SOUNDS[form]:
                 raise _bad(f"a recording is {file.format}, its format says {form}")
-            if file.frames > MAX_SECONDS * file.samplerate or file.channels > 8:
-                raise RequestError(
-                    413, f"a recording is longer than {MAX_SECONDS} s or has over 8 channels", "messages"
-                )
+            if not 4000 <= file.samplerate <= 192_000:
+                raise _bad(f"a recording has {file.samplerate} samples a second, expected 4000 to 192000")
+            if file.frames > MAX_SECONDS * file.samplerate or file.frames * file.channels > MAX_SAMPLES:
+                told = f"longer than {MAX_SECONDS} s, or has more than {MAX_SAMPLES} samples"
+                raise RequestError(413, f"a recording is {told}", "messages")
             samples, own = file.read(dtype="float32", always_2d=True).mean(1), file.samplerate
     except (binascii.Error, ValueError, OSError, RuntimeError) as error:
         raise _bad(f"a recording cannot be read ({type(error).__name__})") from None
-    if not len(samples) or not np.isfinite(samples).all():
-        raise _bad("a recording is empty or holds no numbers")
-    return samples if own == rate else soxr.resample(samples, own, rate)
+    if len(samples) and np.isfinite(samples).all() and np.abs(samples).max() < 1e3:
+        samples = samples if own == rate else soxr.resample(samples, own, rate)
+        if len(samples):
+            return samples
+    raise _bad("a recording is empty or holds no numbers")
 
 
 def _bad(message: str) -> RequestError:

@@ -60,7 +60,7 @@ class SectionHead(nn.Module):
     def standardise(self, pooled: Tensor) -> None:
         """Sets mean and standard deviation to those of the training texts, [texts, width]."""
         self.mean.copy_(pooled.mean(0))
-        self.deviation.copy_(pooled.std(0).clamp(min=1e-6))
+        self.deviation.copy_(pooled.std(0, correction=0).clamp(min=1e-6))
 
     def forward(self, pooled: Tensor) -> Tensor:
         x = (pooled.to(self.mean.dtype) - self.mean) / self.deviation

@@ -28,12 +28,14 @@ def section_means(model: SectionClassifier, texts: Sequence[QAIds], pad_id: int,
     """Means of each text, float32 [texts, width] on the CPU."""
     digests = [hashlib.sha256(f"{text.answer} {list(text)}".encode()).hexdigest() for text in texts]
     order = sorted(set(digests))  # not in the order of a seed's split
-    how = [fingerprint(model.backbone), str(next(model.backbone.parameters()).dtype), model.layers, order]
+    settings = {k: str(v) for k, v in model.config.to_dict().items() if not k.startswith("_")}
+    how = [fingerprint(model.backbone), settings, str(next(model.backbone.parameters()).dtype), model.layers, order]
     file = cache_folder() / "sections" / f"{hashlib.sha256(json.dumps(how).encode()).hexdigest()[:24]}.safetensors"
     try:
         means = load_file(file)["means"]
     except (OSError, SafetensorError, KeyError):
-        means = read(model, [texts[digests.index(digest)] for digest in order], pad_id, batch_size)
+        by_digest = dict(zip(digests, texts, strict=True))
+        means = read(model, [by_digest[digest] for digest in order], pad_id, batch_size)
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
         save_file({"means": means}, part)

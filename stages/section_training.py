@@ -8,6 +8,7 @@ calibration as in scikit-learn's CalibratedClassifierCV with ensemble=False.)
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from typing import NamedTuple, cast
@@ -116,7 +117,9 @@ def trained(
     batches = StepDataModule(QuestionBatches(part, d.batch_size, steps, cfg.seed, pad_id=0))
     fit(cfg, stage, module, batches, steps, d.checkpoint_every_steps, d.grad_clip, name)
     file.parent.mkdir(exist_ok=True)
-    save_file({key: weight.float().cpu().contiguous() for key, weight in head.state_dict().items()}, file)
+    part_file = file.with_suffix(f".{os.getpid()}")  # a kill leaves no half file under the name
+    save_file({key: weight.float().cpu().contiguous() for key, weight in head.state_dict().items()}, part_file)
+    part_file.replace(file)
     return head.eval()
 
 

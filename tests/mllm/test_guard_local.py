@@ -120,6 +120,10 @@ def test_sampling_draws_and_greedy_does_not(server: Running) -> None:
         ({"messages": messages("x", "file:///etc/passwd")}, "messages"),
         ({"messages": messages("a <image> b")}, "messages"),
         ({"messages": messages("a <assistant> b")}, "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("a <e", "os> b")]}]},
+            "messages",
+        ),
         ({"messages": messages("word " * 600)}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, "messages"),
     ],

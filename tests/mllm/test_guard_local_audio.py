@@ -92,6 +92,8 @@ def test_another_rate_and_several_channels_become_the_models() -> None:
         (part(tone(0.0)), "empty"),
         (part(tone() * np.nan), "no numbers"),
         (part(tone(0.01)), "s"),
+        (part(tone(1, 1000), 1000), "expected 4000 to 192000"),
+        (part(tone() * 1e38), "no numbers"),
         (part(tone(9.0)), "s"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}, "takes audio parts only"),
     ],
@@ -106,5 +108,5 @@ def test_what_is_no_recording_for_this_model_is_a_400(server: Running, bad: dict
 
 def test_a_recording_of_hours_is_refused_by_its_header() -> None:
     with pytest.raises(RequestError, match="longer than 600 s") as error:
-        decode_audio(part(tone(601, 2000), 2000, "flac"), 16000)
+        decode_audio(part(tone(601, 4000), 4000, "flac"), 16000)
     assert error.value.status == 413

@@ -49,7 +49,7 @@ def test_standardised_means_have_mean_0_and_deviation_1() -> None:
     head.standardise(pooled)
     x = (pooled - head.mean) / head.deviation
     torch.testing.assert_close(x.mean(0), torch.zeros(6), atol=1e-6, rtol=0)
-    torch.testing.assert_close(x.std(0), torch.ones(6))
+    torch.testing.assert_close(x.std(0, correction=0), torch.ones(6))
     constant = torch.ones(50, 6)
     head.standardise(constant)
     assert head(constant).isfinite().all()
