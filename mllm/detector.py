@@ -130,6 +130,8 @@ class Detector:
             windows: an answer that is too long is read in several windows and the least harmless one counts: nothing
                 can hide behind a long opening. False: only its start is read, as in training.
         """
+        if isinstance(questions, str) or isinstance(answers, str) or len(questions) != len(answers):
+            raise ValueError("expected a list of questions and a list of as many answers")
         encode = self.template.windows if windows else lambda q, a: [self.template.encode(q, a)]
         texts = [encode(q, a) for q, a in zip(questions, answers, strict=True)]
         owner = [i for i, parts in enumerate(texts) for _ in parts]

@@ -56,7 +56,7 @@ def train_head(
     try:
         model = SectionClassifier(backbone.eval().requires_grad_(False), d.layers, SectionHead(width, 1))
     except ValueError as error:
-        raise ValueError(f"detector.{error}") from None
+        raise ValueError(f"detector.{error}; name some of these, or take detector=default") from None
     texts = [ids for part in (questions, test) for q in part for ids in q.ids]
     n = sum(len(q.ids) for q in questions)
     means_N, means_M = section_means(model, texts, pad_id, d.score_batch_size).split([n, len(texts) - n])
