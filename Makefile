@@ -46,7 +46,7 @@ bench: $(STAMP) ## embeddings per second against the plain reading of the paper,
 	$(BIN)/python scripts/bench/synthesis.py $(ARGS)
 	$(MAKE) bench-guard
 
-bench-guard: $(STAMP) ## cost of the guard's scoring, and 200 concurrent streams (DETECTOR=DIR)
+bench-guard: smol ## cost of the guard's scoring, and 200 concurrent streams (DETECTOR=DIR)
 	$(BIN)/python scripts/bench/guard.py smol_llava --backbone smollm2 --layers 15 20 $(ARGS)
 	$(if $(DETECTOR),$(BIN)/python scripts/bench/guard_server.py --detector $(DETECTOR))
 

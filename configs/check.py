@@ -122,6 +122,9 @@ def _check_paths(cfg: Config) -> None:
         cfg.real.path = _existing("real.path", cfg.real.path)
     if "build_benchmark" in cfg.stages:
         cfg.build.source = _existing("build.source", cfg.build.source)
+    if "train_detoxifier" in cfg.stages and cfg.detoxifier.detector and cfg.detoxifier.evaluate:
+        detector = _guard_model("detoxifier.detector", cfg.detoxifier.detector, "harm_detector", "detector")
+        cfg.detoxifier.detector = detector
     if "export" in cfg.stages:
         cfg.export.adapter = _adapter("export.adapter", cfg.export.adapter)
     if "evaluate" in cfg.stages:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,14 +76,7 @@ def phrase_image(phrase: str, width: int, letters: int, font: str | None = None)
     while letters > 8 and max(measure.textlength(word, font=_font(file, letters)) for word in words) > room:
         letters -= 2
     chosen = _font(file, letters)
-    lines = [words[0]]
-    for word in words[1:]:
-        longer = f"{lines[-1]} {word}"
-        if measure.textlength(longer, font=chosen) <= room:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    text = "\n".join(lines)
+    text = _wrapped(measure, words, chosen, room)
     left, top, right, bottom = measure.multiline_textbbox((0, 0), text, font=chosen, align="center")
     border = round(width * MARGIN / 2)
     image = Image.new("RGB", (width, round(bottom - top) + 2 * border), "white")
@@ -119,15 +113,20 @@ def _fitted(
     words = text.split()
     for pixels in range(int(size[1] / 4), 7, -2):
         chosen = _font(font, pixels)
-        lines = [words[0]] if words else [""]
-        for word in words[1:]:
-            longer = f"{lines[-1]} {word}"
-            if draw.textlength(longer, font=chosen) <= width:
-                lines[-1] = longer
-            else:
-                lines.append(word)
-        joined = "\n".join(lines)
+        joined = _wrapped(draw, words, chosen, width)
         box = draw.multiline_textbbox((0, 0), joined, font=chosen)
         if box[2] - box[0] <= width and box[3] - box[1] <= height:
             return joined, chosen
     raise ValueError(f"{len(words)} words ({len(text)} letters) do not fit into {size[0]} x {size[1]} px")
+
+
+def _wrapped(draw: ImageDraw.ImageDraw, words: Sequence[str], font: ImageFont.FreeTypeFont, room: float) -> str:
+    """The words in lines, as many in each as `room` (px) holds, one at least."""
+    lines: list[str] = []
+    for word in words:
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and draw.textlength(longer, font=font) <= room:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)

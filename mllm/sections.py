@@ -75,7 +75,7 @@ class SectionClassifier(nn.Module):
         layers: whose output is read; 1 is the lowest.
 
     Raises:
-        ValueError: the backbone has no such layer.
+        ValueError: the backbone has no such layer, or the head is made for another backbone.
     """
 
     def __init__(self, backbone: PreTrainedModel, layers: Sequence[int], head: SectionHead) -> None:
@@ -84,6 +84,11 @@ class SectionClassifier(nn.Module):
         stack = getattr(owner, name)
         if not layers or not all(1 <= n <= len(stack) for n in layers):
             raise ValueError(f"layers={list(layers)}: the backbone has the layers 1 to {len(stack)}")
+        width = 2 * len(layers) * backbone.config.get_text_config().hidden_size
+        if head.mean.numel() != width:
+            raise ValueError(
+                f"the head takes {head.mean.numel()} means, layers={list(layers)} of the backbone give {width}"
+            )
         kept_layers = stack[: max(layers)]
         setattr(owner, name, kept_layers)
         backbone.config.get_text_config().num_hidden_layers = len(kept_layers)

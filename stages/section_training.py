@@ -8,6 +8,7 @@ calibration as in scikit-learn's CalibratedClassifierCV with ensemble=False.)
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections.abc import Sequence
@@ -97,12 +98,15 @@ def trained(
     pooled = means_N[rows_of(questions, chosen)]
     torch.manual_seed(cfg.seed)
     head = SectionHead(pooled.shape[1], d.hidden, d.dropout)
-    file = stage.folder / "folds" / f"{name.replace(' ', '_') or 'all'}.safetensors"
+    part = [questions[i] for i in chosen]
+    # By what it learns from: data that grew between two attempts must not meet a head that knows the wrong questions.
+    learned = [(q.group, q.labels, q.pairs) for q in part]
+    digest = hashlib.sha256(pooled.numpy().tobytes() + repr(learned).encode()).hexdigest()[:12]
+    file = stage.folder / "folds" / f"{name.replace(' ', '_') or 'all'}-{digest}.safetensors"
     if file.exists():
         head.load_state_dict(load_file(file))
         return head.eval()
     head.standardise(pooled)
-    part = [questions[i] for i in chosen]
     steps = steps_of(d.epochs, len(part), d.batch_size)
     module = HarmDetector(
         head.train(),
@@ -115,7 +119,7 @@ def trained(
         pooled=pooled,
     )
     batches = StepDataModule(QuestionBatches(part, d.batch_size, steps, cfg.seed, pad_id=0))
-    fit(cfg, stage, module, batches, steps, d.checkpoint_every_steps, d.grad_clip, name)
+    fit(cfg, stage, module, batches, steps, d.checkpoint_every_steps, d.grad_clip, name, digest)
     file.parent.mkdir(exist_ok=True)
     part_file = file.with_suffix(f".{os.getpid()}")  # a kill leaves no half file under the name
     save_file({key: weight.float().cpu().contiguous() for key, weight in head.state_dict().items()}, part_file)

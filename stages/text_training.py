@@ -96,12 +96,14 @@ def fit(
     every: int,
     clip: float,
     part: str = "",
+    learned: str = "",
 ) -> None:
     """Trains, or continues from the last checkpoint of an interrupted attempt.
 
-    A `part` of a stage has checkpoints of its own, and no loggers: they would show several curves as one.
+    A `part` of a stage has checkpoints of its own, and no loggers: they would show several curves as one. `learned`:
+    names what is learned from, where the stage's settings do not; checkpoints of other data are not gone on from.
     """
-    folder = stage.folder / "checkpoints" / part.replace(" ", "_")
+    folder = stage.folder / "checkpoints" / part.replace(" ", "_") / learned
     checkpoint = ModelCheckpoint(folder, filename="last", every_n_train_steps=every, enable_version_counter=False)
     fitting = trainer(
         cfg,

@@ -97,8 +97,8 @@ def encoded(pairs: dict[Part, list[QAPair]], template: QATemplate) -> Parts:
     cuts = template.cuts
     log.info(
         "%d texts of %d questions; cut to max_length: the question of %d, the answer of %d",
-        cuts.texts,
-        sum(map(len, parts)),
+        len({tuple(ids) for part in parts for q in part for ids in q.ids}),
+        len({q.group for part in parts for q in part}),
         cuts.questions,
         cuts.answers,
     )

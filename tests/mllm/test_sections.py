@@ -85,6 +85,12 @@ def test_a_layer_that_is_not_there_is_refused_with_those_that_are(layers: list[i
         SectionClassifier(backbone, layers, SectionHead(10, 4))
 
 
+def test_a_head_made_for_another_backbone_is_refused_before_anything_is_scored() -> None:
+    backbone = AutoModel.from_config(LlamaConfig(vocab_size=20, **{**SHAPE, "num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"takes 192 means, layers=\[1\] of the backbone give 96"):
+        SectionClassifier(backbone, [1], SectionHead(192, 4))
+
+
 def test_a_saved_detector_loads_with_the_same_scores_and_a_broken_head_is_named(tmp_path: Path) -> None:
     d = section_detector()
     assert isinstance(d.model, SectionClassifier)

@@ -70,6 +70,21 @@ def lines(folder: Path, kind: str, variant: str) -> list[str]:
     return (folder / "evaluate" / kind / f"{variant}.jsonl").read_text().splitlines(keepends=True)
 
 
+def test_safe_prompts_of_xstest_are_counted_as_over_flagging(
+    shared_data: Path, finished: Path, detector: Path, tmp_path: Path
+) -> None:
+    more = (f"protector.source={finished}", "evaluate.benchmarks=[xstest]", f"evaluate.xstest={shared_data / 'xstest'}")
+    assert start(tmp_path / "r", detector, *more) == 0
+    found = {e["metric"]: e for e in results(tmp_path / "r") if e["benchmark"] == "xstest" and e["guard"] == "protector"
+             and e["variant"] == "base" and e["scenario"] == "all"}  # fmt: skip
+    rows = [json.loads(line) for line in lines(tmp_path / "r", "generations", "base")]
+    safe = [row["id"] for row in rows if row["request"] == "benign"]
+    assert len(safe) == found["over_flagging"]["n"] == 4
+    flagged = [json.loads(line) for line in lines(tmp_path / "r", "guarded", "base")]
+    shares = [row["action"] != "passed" for row in flagged if row["id"] in safe]
+    assert found["over_flagging"]["value"] == sum(shares) / len(shares)
+
+
 def test_every_answer_is_guarded_once_and_what_passes_is_left_byte_for_byte(finished: Path) -> None:
     for variant in VARIANTS:
         generated = GenerationLog(finished / "evaluate" / "generations" / f"{variant}.jsonl", variant).rows()

@@ -38,6 +38,20 @@ def test_wrong_columns(stages: str, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert "data.columns.question=... data.columns.chosen=..." in told
 
 
+def test_a_detector_that_is_not_there_stops_a_detoxifier_before_it_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = written(tmp_path / "d.jsonl", {"question": "q", "accepted": "a", "rejected": "b"})
+    more = ("experiment=detoxifier", "data=jsonl", data, "backbone=micro")
+    told = refused(tmp_path, capsys, *more, f"detoxifier.detector={tmp_path}/none")
+    assert f"detoxifier.detector: {tmp_path}/none does not exist" in told
+    assert "python train.py experiment=harm_detector run=x" in told
+    (tmp_path / "run0" / "train_detector" / "detector").mkdir(parents=True)
+    (tmp_path / "run0" / "train_detector" / "detector" / "detector.json").write_text("{}")
+    told = refused(tmp_path, capsys, *more, f"detoxifier.detector={tmp_path}/run0")
+    assert f"did you mean detoxifier.detector={tmp_path}/run0/train_detector/detector?" in told
+
+
 def test_a_folder_in_place_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "folder").mkdir()
     for stage, more in (("synthesize", ()), ("train_detector", ("backbone=micro",))):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from datamodules.micro_world import phrases
 from lightning_modules.harm_detector import HarmDetector
 from mllm.detector import Detector
 from mllm.detoxifier import Detoxifier
+from stages import section_training
 from tests.micro_text import backbone
 
 QUESTION, HARMFUL, SORRY = (
@@ -187,6 +189,34 @@ def test_a_head_on_section_means_is_trained_reads_once_and_tells_harm_apart(
     assert kept.stat().st_mtime_ns == stamp
 
 
+def test_data_that_grew_between_two_attempts_meets_no_head_that_knows_other_questions(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEAWALL_CACHE", str(tmp_path / "cache"))
+    grown, lines = tmp_path / "grown.jsonl", rows.read_text().splitlines(keepends=True)
+    overrides = (*SMALL, "detector.layers=[1,2]", "detector.hidden=8", "detector.folds=2", f"data.path={grown}")
+    whole = section_training.trained
+
+    def dies(cfg: Any, stage: Any, name: str, *args: Any) -> Any:
+        if not name:  # the head of all, when those of the folds are done
+            raise OSError("the machine is gone")
+        return whole(cfg, stage, name, *args)
+
+    grown.write_text("".join(lines[: len(lines) // 2]))
+    monkeypatch.setattr(section_training, "trained", dies)
+    assert start("harm_detector", rows, tmp_path / "killed", *overrides) == 1
+    monkeypatch.setattr(section_training, "trained", whole)
+    grown.write_text("".join(lines))
+    for run in ("killed", "fresh"):
+        assert start("harm_detector", rows, tmp_path / run, *overrides) == 0
+    resumed, fresh = (
+        json.loads((tmp_path / run / "train_detector" / "stage.json").read_text())["result"]
+        for run in ("killed", "fresh")
+    )
+    assert resumed == fresh
+    assert len(list((tmp_path / "killed" / "train_detector" / "folds").iterdir())) == 5  # two of the half, three of all
+
+
 def test_a_layer_that_the_backbone_lacks_is_told_by_its_key(
     rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +243,10 @@ def test_a_detoxifier_is_trained_exported_and_measured(rows: Path, trained: Path
     metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
     assert metrics["all"]["harmless_before"]["n"] == 6
     assert {"similarity", "similarity_accepted", "refusals", "words", "harmless_after"} <= set(metrics["all"])
+    shown = [json.loads(line) for line in (folder / "evaluation" / "guarded.jsonl").read_text().splitlines()]
+    assert len(shown) == metrics["guarded"]["harmless_before"]["n"] == metrics["flagged"]["harmless_before"]["n"] > 0
+    assert {row["action"] for row in shown} <= {"detoxified", "refused"}  # what is flagged never passes as it is
+    assert metrics["guarded"]["harmless_before"]["value"] == 0
     rows_out = [json.loads(line) for line in (folder / "evaluation" / "rewritten.jsonl").read_text().splitlines()]
     assert len(rows_out) == 6
     detoxifier = Detoxifier.load(folder / "detoxifier")
