@@ -496,8 +496,6 @@ class Pretrain:
     robust_lr: float = doc("peak learning rate of the robust phase", 1.5e-3, low=0)
     robust_style_steps: int = doc("first steps of the robust phase, about the style alone", 120, low=0)
     num_workers: int = doc("loader processes that draw pages", 1, low=0, high=1, free=True)
-    tower_init: str | None = doc("safetensors of a tower to go on from; null: random weights")
-    tower_begin: float = doc("share of tower_steps that it has behind it", 0.0, low=0, high=0.99)
 
 
 @dataclass

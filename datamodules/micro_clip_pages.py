@@ -16,7 +16,8 @@ import torch
 from datamodules.micro_clips import FRAMES, SHOWN, Shapes, draw_clip, paint_pair, words_shown
 from datamodules.micro_images import SIDE, place_lines, place_page, random_colours
 from datamodules.micro_media import IGNORE, LocalLabel
-from datamodules.micro_pages import GRID, LETTERS, Batch, Pages, PagesDataModule, patch_labels
+from datamodules.micro_pages import GRID, LETTERS, Pages, patch_labels
+from datamodules.micro_stream import Batch
 from datamodules.micro_world import FIRST_WORDS, OBJECTS, PHRASES, STYLES, WORDS
 
 MERGED = torch.arange(GRID * GRID).view(GRID // 2, 2, GRID // 2, 2).permute(0, 2, 1, 3).reshape(-1)
@@ -83,10 +84,8 @@ class ShownWords:
         """Greys."""
         return [np.full((FRAMES, SIDE, SIDE, 3), int(grey), np.uint8) for grey in np.linspace(1, 255, n)]
 
-    def tower_data(
-        self, batch_size: int, total_steps: int, seed: int, num_workers: int, start: int = 0
-    ) -> PagesDataModule:
-        return PagesDataModule(ClipPages(batch_size, total_steps, seed, start), num_workers)
+    def tower_stream(self, batch_size: int, total_steps: int, seed: int) -> ClipPages:
+        return ClipPages(batch_size, total_steps, seed)
 
     def tower_inputs(self, media: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         return {"pixels": to_pixels(np.stack(media))}

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import lightning as L
 from torch import Tensor
 
+from datamodules.micro_stream import Stream
 from datamodules.micro_world import FIRST_WORDS, OBJECTS
 
 _MODULES = {
@@ -65,10 +65,8 @@ class MicroMedium(Protocol):
     def blanks(self, n: int) -> list[Any]:
         """`n` different media that show nothing; the first need not be the blank of `model.blank_*`."""
 
-    def tower_data(
-        self, batch_size: int, total_steps: int, seed: int, num_workers: int, start: int = 0
-    ) -> L.LightningDataModule:
-        """Batches for the tower from step `start` on, a pure function of (seed, step): a dictionary of tensors with
+    def tower_stream(self, batch_size: int, total_steps: int, seed: int) -> Stream:
+        """Batches for the tower, each a dictionary of tensors with
 
         - what the blueprint's `states` reads (pixels, features),
         - every label of `local`,

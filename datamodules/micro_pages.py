@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import lightning as L
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules.micro_images import (
     SIDE,
@@ -29,13 +27,12 @@ from datamodules.micro_images import (
     random_colours,
 )
 from datamodules.micro_media import IGNORE, LocalLabel
+from datamodules.micro_stream import Batch, Stream
 from datamodules.micro_world import FIRST_WORDS, OBJECTS, PHRASES, STYLES, WORDS
 
 PATCH = 8  # px
 GRID = SIDE // PATCH
 LETTERS = " " + string.ascii_lowercase
-
-Batch = dict[str, torch.Tensor]
 
 
 def patch_labels(placed: list[PlacedWord]) -> tuple[np.ndarray, np.ndarray]:
@@ -60,20 +57,12 @@ def to_pixels(images: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-class Pages(IterableDataset[Batch]):
+class Pages(Stream):
     """A seeded stream of batches: pixels, words and letters (a label a patch), and for the whole picture first, object
     (last class: nothing is written; IGNORE: not a two-word picture) and style (last class: other colours).
     """
 
-    def __init__(self, batch_size: int, total_steps: int, seed: int, start: int = 0) -> None:
-        self.batch_size, self.total_steps, self.seed, self.start = batch_size, total_steps, seed, start
-
-    def __iter__(self) -> Iterator[Batch]:
-        for step in range(self.start, self.total_steps):
-            yield self.batch(step)
-
     def batch(self, step: int) -> Batch:
-        """The batch of one step: a pure function of (seed, step), so a resumed run sees what it would have seen."""
         rng, progress = random.Random(f"{self.seed}-{step}"), step / self.total_steps
         share_random = 0.6 * min(1.0, max(0.0, (progress - 0.25) / 0.3))
         images, words, letters, whole = [], [], [], []
@@ -101,16 +90,6 @@ class Pages(IterableDataset[Batch]):
         }
 
 
-class PagesDataModule(L.LightningDataModule):
-    def __init__(self, pages: Pages, num_workers: int = 1) -> None:
-        super().__init__()
-        self.pages, self.num_workers = pages, num_workers
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        # A single worker: two would each draw the whole stream.
-        return DataLoader(self.pages, batch_size=None, num_workers=min(1, self.num_workers))
-
-
 class DrawnWords:
     """The micro world as images (datamodules/micro_media.py)."""
 
@@ -127,10 +106,8 @@ class DrawnWords:
         """Greys."""
         return [Image.fromarray(np.full((SIDE, SIDE, 3), int(g), np.uint8)) for g in np.linspace(1, 255, n)]
 
-    def tower_data(
-        self, batch_size: int, total_steps: int, seed: int, num_workers: int, start: int = 0
-    ) -> PagesDataModule:
-        return PagesDataModule(Pages(batch_size, total_steps, seed, start), num_workers)
+    def tower_stream(self, batch_size: int, total_steps: int, seed: int) -> Pages:
+        return Pages(batch_size, total_steps, seed)
 
     def tower_inputs(self, media: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         return {"pixels": to_pixels([np.asarray(image) for image in media])}

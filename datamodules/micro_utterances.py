@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import WhisperFeatureExtractor
 
 from datamodules.micro_media import IGNORE, LocalLabel
@@ -33,6 +31,7 @@ from datamodules.micro_speech import (
     record,
     utterance,
 )
+from datamodules.micro_stream import Batch, Stream
 from datamodules.micro_world import FIRST_WORDS, OBJECTS, PHRASES, WORDS
 from datamodules.speech import Speech, Utterance, synthesize, synthesize_all
 from mllm.micro_qwen2_audio import FRAMES, HOP, MELS, feature_extractor
@@ -42,7 +41,6 @@ SHORT_SHARE, WORDS_SHARE, EASY_SHARE = 0.65, 0.35, 0.25  # of all steps: short c
 FRAME = 2 * HOP  # samples under one position of the tower before its last layer
 NORMAL_STYLE = "normal"  # no style of the micro world
 
-Batch = dict[str, torch.Tensor]
 extractor = functools.cache(feature_extractor)
 
 
@@ -89,18 +87,10 @@ def disturbed(features: torch.Tensor, rng: random.Random) -> torch.Tensor:
     return out
 
 
-class Utterances(IterableDataset[Batch]):
+class Utterances(Stream):
     """A seeded stream of batches (datamodules/micro_media.py says what is in one)."""
 
-    def __init__(self, batch_size: int, total_steps: int, seed: int, start: int = 0) -> None:
-        self.batch_size, self.total_steps, self.seed, self.start = batch_size, total_steps, seed, start
-
-    def __iter__(self) -> Iterator[Batch]:
-        for step in range(self.start, self.total_steps):
-            yield self.batch(step)
-
     def batch(self, step: int) -> Batch:
-        """The batch of one step: a pure function of (seed, step), so a resumed run hears what it would have heard."""
         rng, progress = random.Random(f"{self.seed}-{step}"), step / self.total_steps
         ease, full = min(1.0, progress / EASY_SHARE), progress >= SHORT_SHARE
         frames = FRAMES if full else SHORT
@@ -159,18 +149,6 @@ def whole_words(speech: Speech, samples: int) -> Speech:
     return Speech(speech.samples[: round(words[-1].end * RATE)], RATE, words)
 
 
-class UtterancesDataModule(L.LightningDataModule):
-    def __init__(
-        self, batch_size: int = 48, total_steps: int = 1500, seed: int = 0, num_workers: int = 1, start: int = 0
-    ) -> None:
-        super().__init__()
-        self.utterances, self.num_workers = Utterances(batch_size, total_steps, seed, start), num_workers
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        # A single worker: two would each draw the whole stream.
-        return DataLoader(self.utterances, batch_size=None, num_workers=min(1, self.num_workers))
-
-
 class SpokenWords:
     """The micro world as speech (datamodules/micro_media.py)."""
 
@@ -193,10 +171,8 @@ class SpokenWords:
         levels = [0.0, *np.logspace(-4, -1, n - 1)]
         return [(level * each).clip(-1, 1).astype(np.float32) for level, each in zip(levels, noise, strict=True)]
 
-    def tower_data(
-        self, batch_size: int, total_steps: int, seed: int, num_workers: int, start: int = 0
-    ) -> UtterancesDataModule:
-        return UtterancesDataModule(batch_size, total_steps, seed, num_workers, start)
+    def tower_stream(self, batch_size: int, total_steps: int, seed: int) -> Utterances:
+        return Utterances(batch_size, total_steps, seed)
 
     def tower_inputs(self, media: Sequence[np.ndarray]) -> Batch:
         return features_of(media)

@@ -7,12 +7,13 @@ import random
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from callbacks.training_progress import TrainingProgress
 from configs.schema import Config
 from datamodules.micro_lessons import all_texts
 from datamodules.micro_media import MicroMedium, caption_sizes, micro_medium
+from datamodules.micro_stream import StreamDataModule
 from datamodules.micro_world import FIRST_WORDS, OBJECTS, phrases
 from lightning_modules.micro_tower import MicroTower
 from mllm.micro_blueprints import Blueprint, blueprint
@@ -20,10 +21,13 @@ from mllm.micro_tokenizer import words_of
 from stages.runs import Run
 from stages.trainers import trainer
 
+EVERY = 100
+"""Steps between two checkpoints."""
+
 
 def run(cfg: Config, run: Run) -> None:
     """Writes `pretrain_tower/tower.safetensors`."""
-    keys = [f"pretrain.tower_{key}" for key in ("steps", "batch_size", "lr", "init", "begin")]
+    keys = [f"pretrain.tower_{key}" for key in ("steps", "batch_size", "lr")]
     stage = run.stage("pretrain_tower", run.settings("seed", "trainer.precision", "model.modality", *keys))
     if stage.done:
         return
@@ -31,28 +35,25 @@ def run(cfg: Config, run: Run) -> None:
     made, medium = blueprint(cfg.model.modality), micro_medium(cfg.model.modality)
     model = made.build_model(made.build_processor(words_of(all_texts(cfg.model.prompts, medium))))
     tower, p = made.tower(model), cfg.pretrain
-    begin = round(p.tower_begin * p.tower_steps)
-    if p.tower_init is not None:
-        tower.load_state_dict(load_file(p.tower_init))
     module = MicroTower(
         tower,
         made.states,
         width(made, tower, medium),
         medium.local,
         caption_sizes(medium),
-        total_steps=p.tower_steps - begin,
+        total_steps=p.tower_steps,
         lr=p.tower_lr,
     )
-    data = medium.tower_data(p.tower_batch_size, p.tower_steps, cfg.seed, p.num_workers, begin)
+    data = StreamDataModule(medium.tower_stream(p.tower_batch_size, p.tower_steps, cfg.seed), p.num_workers)
     folder = stage.folder / "checkpoints"
-    checkpoint = ModelCheckpoint(folder, filename="last", every_n_train_steps=100, enable_version_counter=False)
+    checkpoint = ModelCheckpoint(folder, filename="last", every_n_train_steps=EVERY, enable_version_counter=False)
     callbacks = [checkpoint, TrainingProgress("tower")]
     fitting = trainer(
         cfg,
         stage.folder,
         "pretrain_tower",
         callbacks,
-        max_steps=p.tower_steps - begin,
+        max_steps=p.tower_steps,
         max_epochs=-1,
         gradient_clip_val=1.0,
     )

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import train
+from lightning_modules.micro_tower import MicroTower
+from stages import pretrain_tower
 from tests.micro import ROOT, micro
 from tests.micro_bars import Answers, benchmark_answers, compliance, losses_of, reading_accuracy
 
@@ -59,3 +63,34 @@ def test_the_recipe_runs_in_a_short_form_and_learns(tmp_path: Path) -> None:
     )
     losses = losses_of(folder / "pretrain_language" / "metrics" / "metrics.csv")
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_tower_that_was_interrupted_ends_at_the_weights_of_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = [
+        "pretrain.tower_steps=6",
+        "pretrain.tower_batch_size=4",
+        "pretrain.num_workers=0",
+        "stages=[pretrain_tower]",
+    ]
+
+    def run(name: str) -> int:
+        return train.main(["experiment=pretrain_micro", f"run_dir={tmp_path / name}", *short])
+
+    monkeypatch.setattr(pretrain_tower, "EVERY", 2)
+    assert run("whole") == 0
+    step = MicroTower.training_step
+
+    def dies(self: MicroTower, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if self.trainer.global_step == 4:
+            raise OSError("the machine is gone")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(MicroTower, "training_step", dies)
+    assert run("broken") == 1
+    monkeypatch.setattr(MicroTower, "training_step", step)
+    assert run("broken") == 0
+    whole, broken = (load_file(tmp_path / n / "pretrain_tower" / "tower.safetensors") for n in ("whole", "broken"))
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[key], broken[key]) for key in whole)
