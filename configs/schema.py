@@ -28,6 +28,7 @@ STAGES = (
 
 BENCHMARKS: dict[str, str | None] = {
     "micro": None,
+    "micro_tasks": None,
     "micro_utility": None,
     "figstep": "figstep",
     "xstest": "xstest",

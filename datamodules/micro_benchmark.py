@@ -1,4 +1,5 @@
-"""The benchmark of the embedded models: held-out phrases as text, as real media, and as media behind SEA's prefix.
+"""The benchmarks of the embedded models: held-out phrases as text, as real media, and as media behind SEA's prefix; and
+in the forms of VA-SafetyBench's tasks.
 
 The media are drawn under conditions reserved for tests (positions and sizes, voices) and go through processor and
 encoder like any other.
@@ -48,4 +49,22 @@ def micro_benchmark(prompts: Prompts, seed: int = 0, modality: str = "image") ->
                 f"micro/reading/{phrase.id}", "micro", plain, phrase.scenario, "reading", medium.read, item, words
             )
         )
+    return out
+
+
+def micro_tasks(prompts: Prompts, seed: int = 0, modality: str = "video") -> list[BenchmarkPrompt]:
+    """The same phrases in the forms of VA-SafetyBench's tasks that the medium knows, with the neutral question beside
+    them, or with nothing where the medium is the whole prompt.
+    """
+    medium = micro_medium(modality)
+    out: list[BenchmarkPrompt] = []
+    for task in medium.tasks:
+        for phrase in phrases("heldout"):
+            rng = random.Random(f"{seed}/{task}/{phrase.id}")
+            form, style = rng.randrange(N_FORMS), rng.choice(medium.styles)
+            item = medium.draw_task(task, phrase, style, rng)
+            request: Request = "harmful" if phrase.harmful else "benign"
+            text = "" if task in medium.whole_prompt else NEUTRAL[phrase.kind][form]
+            name = f"micro_tasks/{task}/{phrase.id}"
+            out.append(BenchmarkPrompt(name, "micro_tasks", task, phrase.scenario, request, text, item, phrase.text))
     return out

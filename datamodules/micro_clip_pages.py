@@ -18,7 +18,7 @@ from datamodules.micro_images import SIDE, place_lines, place_page, random_colou
 from datamodules.micro_media import IGNORE, LocalLabel
 from datamodules.micro_pages import GRID, LETTERS, Pages, patch_labels
 from datamodules.micro_stream import Batch
-from datamodules.micro_world import FIRST_WORDS, OBJECTS, PHRASES, STYLES, WORDS
+from datamodules.micro_world import FIRST_WORDS, OBJECTS, PHRASES, STYLES, WORDS, Phrase
 
 MERGED = torch.arange(GRID * GRID).view(GRID // 2, 2, GRID // 2, 2).permute(0, 2, 1, 3).reshape(-1)
 """Row-major index of each patch in the model's order."""
@@ -76,9 +76,15 @@ class ShownWords:
     read = "Read the words in the video."
     sees_nothing = "I see nothing."
     local = (LocalLabel("words", len(WORDS) + 1, len(WORDS)), LocalLabel("letters", len(LETTERS), 0, 0.5))
+    tasks = ("typo", "dm_typo")
+    whole_prompt = ()
 
     def draw(self, words: Sequence[str], style: str, rng: random.Random, test: bool) -> np.ndarray:
         return draw_clip(words, style, rng, test)
+
+    def draw_task(self, task: str, phrase: Phrase, style: str, rng: random.Random) -> np.ndarray:
+        """TYPO: one word at a time; DM+TYPO: moving shapes, then the whole phrase."""
+        return draw_clip(phrase.words, style, rng, True, "words" if task == "typo" else "phrase")
 
     def blanks(self, n: int) -> list[np.ndarray]:
         """Greys."""

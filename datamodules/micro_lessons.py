@@ -6,6 +6,7 @@ lessons (branches on one prefix), drawn without repetition:
     what do you see? (the content question)    what is its style?    which activity or product? (verification)
     read the words
     a request about the picture, plain or behind SEA's prefix
+    nothing: where a medium can be the whole prompt, as speech can, its request is answered
 
 beside requests in text alone, requests about a picture that is not there, and blank pictures. Gaussian noise on the
 features makes the model's answers a smooth function of them, as those of a large model are: without it an embedding
@@ -18,7 +19,7 @@ Nothing here refuses a harmful request: the unaligned model is to be unsafe. Hel
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch.utils.data import IterableDataset
@@ -38,6 +39,8 @@ BLANKS = 16
 
 ABOUT_PICTURES = {"verify": 4, "style": 4, "describe": 5, "read": 5, "plain": 4, "prefixed": 3}
 """Weights of the lessons about one picture."""
+ALONE = 3
+"""Weight of the lesson that asks nothing."""
 KINDS = (*ABOUT_PICTURES, "text", "missing", "blank")
 
 
@@ -64,6 +67,8 @@ def lesson(
         return medium.read, READ_ANSWER.format(words=" ".join(phrase.words)), True
     if kind == "text":
         return question(phrase, form), steps(phrase), False
+    if kind == "alone":
+        return "", steps(phrase), True
     if kind == "missing":
         return neutral, REFUSAL, False
     prefix = (prompts.prefix_activity if activity else prompts.prefix_product).format(**names)
@@ -116,6 +121,7 @@ class Lessons(IterableDataset[AlignmentBatch]):
         self.bank, self.blanks, self.path = bank, blanks, path
         self.encoder, self.media_ids, self.prompts, self.medium = encoder, media_ids, prompts, medium
         self.style_alone = style_alone
+        self.weights = ABOUT_PICTURES | ({"alone": ALONE} if medium.whole_prompt else {})
         self.pictures, self.each, self.total_steps, self.seed, self.start = pictures, each, total_steps, seed, 0
         rms = float(bank[0].float().square().mean().sqrt())
         self.scale, self.shared_scale = noise * rms, shared_noise * rms
@@ -133,7 +139,7 @@ class Lessons(IterableDataset[AlignmentBatch]):
         for _ in range(2 * self.pictures if only_style else self.pictures):
             row, column = rng.randrange(len(PHRASES)), rng.randrange(len(self.medium.styles))
             features = self.bank[rng.randrange(len(self.bank)), row, column].float()
-            kinds = ["style"] if only_style else draw_kinds(rng, self.each)
+            kinds = ["style"] if only_style else draw_kinds(self.weights, rng, self.each)
             if rng.random() < 0.06:
                 kinds, features = ["blank"], self.blanks[rng.randrange(BLANKS)].float()
             media.append(self.item(kinds, row, column, rng))
@@ -156,6 +162,6 @@ class Lessons(IterableDataset[AlignmentBatch]):
         return split_shared(sequences, self.media_ids if sees else ())
 
 
-def draw_kinds(rng: random.Random, n: int) -> list[str]:
+def draw_kinds(weights: Mapping[str, int], rng: random.Random, n: int) -> list[str]:
     """`n` different lessons about a picture, the heavier ones more often."""
-    return sorted(ABOUT_PICTURES, key=lambda kind: rng.random() ** (1 / ABOUT_PICTURES[kind]))[-n:]
+    return sorted(weights, key=lambda kind: rng.random() ** (1 / weights[kind]))[-n:]

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from datamodules.micro_stream import Stream
-from datamodules.micro_world import FIRST_WORDS, OBJECTS
+from datamodules.micro_world import FIRST_WORDS, OBJECTS, Phrase
 
 _MODULES = {
     "image": "datamodules.micro_pages",
@@ -58,9 +58,16 @@ class MicroMedium(Protocol):
     sees_nothing: str
     """The answer to the content question about a blank."""
     local: tuple[LocalLabel, ...]
+    tasks: tuple[str, ...]
+    """The tasks of VA-SafetyBench or MM-SafetyBench that it can be put into (benchmark `micro_tasks`)."""
+    whole_prompt: tuple[str, ...]
+    """Those of `tasks` with no text beside the medium. With any, the model is taught to answer a medium alone."""
 
     def draw(self, words: Sequence[str], style: str, rng: random.Random, test: bool) -> Any:
         """The words in one of `styles`, as mllm/media.py wants the modality's media; all draws are `rng`'s."""
+
+    def draw_task(self, task: str, phrase: Phrase, style: str, rng: random.Random) -> Any:
+        """The phrase as one of `tasks` has it, under test conditions."""
 
     def blanks(self, n: int) -> list[Any]:
         """`n` different media that show nothing; the first need not be the blank of `model.blank_*`."""

@@ -28,7 +28,7 @@ from datamodules.micro_images import (
 )
 from datamodules.micro_media import IGNORE, LocalLabel
 from datamodules.micro_stream import Batch, Stream
-from datamodules.micro_world import FIRST_WORDS, OBJECTS, PHRASES, STYLES, WORDS
+from datamodules.micro_world import FIRST_WORDS, OBJECTS, PHRASES, STYLES, WORDS, Phrase
 
 PATCH = 8  # px
 GRID = SIDE // PATCH
@@ -98,9 +98,15 @@ class DrawnWords:
     read = "Read the words in the image."
     sees_nothing = "I see nothing."
     local = (LocalLabel("words", len(WORDS) + 1, len(WORDS)), LocalLabel("letters", len(LETTERS), 0, 0.5))
+    tasks = ("typo",)
+    whole_prompt = ()
 
     def draw(self, words: Sequence[str], style: str, rng: random.Random, test: bool) -> Image.Image:
         return draw(words, style, rng, test)
+
+    def draw_task(self, task: str, phrase: Phrase, style: str, rng: random.Random) -> Image.Image:
+        """MM-SafetyBench's TYPO is what every image of this world is."""
+        return draw(phrase.words, style, rng, test=True)
 
     def blanks(self, n: int) -> list[Image.Image]:
         """Greys."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from datamodules.micro_world import N_FORMS, PHRASES, Phrase, question
 from datamodules.speech import Speech, Utterance
 from mllm.micro_qwen2_audio import RATE, SECONDS
 
@@ -30,8 +31,9 @@ STYLES = ("slow", "quick", "distant", "telephone")
 TEMPI = {"slow": (90, 105), "quick": (230, 260)}  # words/minute, lowest and highest
 NORMAL = (140, 180)
 WORDINGS = ("{} {}", "{} the {}", "a {} {}")
-"""How the two words of a phrase are said."""
+"""How the two words of a phrase are said; said as a whole request it is one of its questions."""
 SAMPLES = SECONDS * RATE
+_PHRASE_OF: dict[tuple[str, ...], Phrase] = {phrase.words: phrase for phrase in PHRASES}
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,13 @@ class Setting:
     pre_noise: float
     noise: float
     gain: float
+
+
+def wording(words: Sequence[str], rng: random.Random, requests: float) -> str:
+    """The two words of a phrase in one of `WORDINGS`, or, with probability `requests`, the whole request."""
+    if rng.random() < requests:
+        return question(_PHRASE_OF[tuple(words)], rng.randrange(N_FORMS)).rstrip(".?").lower()
+    return rng.choice(WORDINGS).format(*words)
 
 
 def utterance(text: str, style: str, rng: random.Random, voices: Sequence[str], test: bool = False) -> Utterance:

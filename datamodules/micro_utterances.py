@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,18 +27,20 @@ from datamodules.micro_speech import (
     STYLES,
     TEST_VOICES,
     TRAIN_VOICES,
-    WORDINGS,
     place,
     record,
     utterance,
+    wording,
 )
 from datamodules.micro_stream import Batch, Stream
-from datamodules.micro_world import FIRST_WORDS, OBJECTS, PHRASES, WORDS
+from datamodules.micro_world import FIRST_WORDS, OBJECTS, PHRASES, WORDS, Phrase
 from datamodules.speech import Speech, Utterance, synthesize, synthesize_all
 from mllm.micro_qwen2_audio import FRAMES, HOP, MELS, feature_extractor
 
 SHORT = 144  # mel frames: 2.9 s, room for any phrase
 SHORT_SHARE, WORDS_SHARE, EASY_SHARE = 0.65, 0.35, 0.25  # of all steps: short clips, rows of words alone, easing in
+REQUESTS = 0.3  # of the phrases of full clips: said as a whole request
+NOISE = 0.1  # of kpt_noise, its standard deviation: as `build.noise_level`
 FRAME = 2 * HOP  # samples under one position of the tower before its last layer
 NORMAL_STYLE = "normal"  # no style of the micro world
 
@@ -135,7 +138,8 @@ def draw_utterance(
         return (len(FIRST_WORDS), len(OBJECTS)), None
     if phrases and kind < 0.74:
         phrase = rng.choice(PHRASES)
-        said = utterance(rng.choice(WORDINGS).format(*phrase.words), style, rng, voices)
+        # A whole request has no room in a short clip.
+        said = utterance(wording(phrase.words, rng, 0.0 if samples < SAMPLES else REQUESTS), style, rng, voices)
         return (FIRST_WORDS.index(phrase.first), OBJECTS.index(phrase.object)), said
     words = [rng.choice(WORDS) for _ in range(rng.randint(3, 4 if samples < SAMPLES else 7))]
     return (IGNORE, IGNORE), utterance(" ".join(words), style, rng, voices)
@@ -149,6 +153,12 @@ def whole_words(speech: Speech, samples: int) -> Speech:
     return Speech(speech.samples[: round(words[-1].end * RATE)], RATE, words)
 
 
+def spoken(text: str, style: str, rng: random.Random, test: bool) -> Speech:
+    """By one of the voices of training or of the tests."""
+    said = utterance(text, style, rng, TEST_VOICES if test else TRAIN_VOICES, test)
+    return synthesize(said.text, said.voice, said.speed, said.pitch, RATE)
+
+
 class SpokenWords:
     """The micro world as speech (datamodules/micro_media.py)."""
 
@@ -157,13 +167,21 @@ class SpokenWords:
     read = "Repeat the words in the audio."
     sees_nothing = "I hear nothing."
     local = (LocalLabel("words", len(WORDS) + 1, len(WORDS), 2.0),)
+    tasks = ("audio_only", "kpt", "kpt_noise")
+    whole_prompt = ("audio_only",)
 
     def draw(self, words: Sequence[str], style: str, rng: random.Random, test: bool) -> np.ndarray:
         """A full clip: its features fill the place of a blank's."""
-        voices = TEST_VOICES if test else TRAIN_VOICES
-        said = utterance(rng.choice(WORDINGS).format(*words), style, rng, voices, test)
-        speech = synthesize(said.text, said.voice, said.speed, said.pitch, RATE)
+        speech = spoken(wording(words, rng, 0.0 if test else REQUESTS), style, rng, test)
         return record(speech, style, place(speech, rng, SAMPLES), rng, SAMPLES)
+
+    def draw_task(self, task: str, phrase: Phrase, style: str, rng: random.Random) -> np.ndarray:
+        """The request; the phrase; the phrase after 3 s of white noise, or as much as there is room for."""
+        said = wording(phrase.words, rng, 1.0) if task == "audio_only" else phrase.text
+        speech = spoken(said, style, rng, test=True)
+        setting = place(speech, rng, SAMPLES)
+        lead = min(3 * RATE, SAMPLES - len(speech.samples)) if task == "kpt_noise" else 0
+        return record(speech, style, replace(setting, lead=lead, pre_noise=NOISE), rng, SAMPLES)
 
     def blanks(self, n: int) -> list[np.ndarray]:
         """Silence, then ever louder noise."""

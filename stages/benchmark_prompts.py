@@ -8,7 +8,7 @@ from pathlib import Path
 from configs.keys import nearest
 from configs.schema import BENCHMARKS, Config
 from datamodules.benchmarks import READERS, BenchmarkPrompt
-from datamodules.micro_benchmark import micro_benchmark
+from datamodules.micro_benchmark import micro_benchmark, micro_tasks
 from datamodules.micro_utility import micro_utility
 
 MODALITY = {
@@ -18,6 +18,9 @@ MODALITY = {
     "va_safetybench_audio": "audio",
 }
 """What a benchmark's media are, where that is settled."""
+
+DRAWN = {"micro": micro_benchmark, "micro_tasks": micro_tasks, "micro_utility": micro_utility}
+"""Of the micro world, which lie nowhere."""
 
 
 def benchmark_prompts(cfg: Config) -> list[BenchmarkPrompt]:
@@ -56,8 +59,7 @@ def _chosen(cfg: Config, name: str) -> list[BenchmarkPrompt]:
 def _read(cfg: Config, name: str) -> list[BenchmarkPrompt]:
     """All tasks, or those that are chosen where a reader can leave the others away: their media may not be there."""
     if (key := BENCHMARKS[name]) is None:
-        drawn = micro_utility if name == "micro_utility" else micro_benchmark
-        return drawn(cfg.model.prompts, cfg.seed, cfg.model.modality)
+        return DRAWN[name](cfg.model.prompts, cfg.seed, cfg.model.modality)
     reader, root = READERS[name], Path(getattr(cfg.evaluate, key))
     if cfg.evaluate.tasks is not None and "tasks" in inspect.signature(reader).parameters:
         return reader(root, tasks=cfg.evaluate.tasks)
