@@ -1,6 +1,7 @@
 """How the processes of one run work together in a fit; docs/decisions/0007 says why neither wraps a module in DDP.
 
     SeparateRanks   synthesis: each rank has concepts, slots and an optimiser of its own; nothing is sent, nobody waits
+                    answers: each rank has a share of the prompts
     SharedStep      alignment: each rank has a share of every batch; lightning_modules/aligner.py averages the gradients
 
 Both start their processes as Lightning's DDP does: by running the same command again, or under SLURM and torchrun by
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 class SeparateRanks(DDPStrategy):
@@ -21,6 +24,16 @@ class SeparateRanks(DDPStrategy):
     def setup_distributed(self) -> None:
         """Ranks only; also where an earlier fit of this process has left a process group behind."""
         self.set_world_ranks()
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """As Lightning's, but where nothing is trained it would send the weights from rank to rank."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().setup(trainer)
+            return
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.model_to_device()
+        self.setup_precision_plugin()
 
     def configure_ddp(self) -> None:
         """The module stays as it is: its parameters are this rank's own, their shapes may differ from rank to rank."""

@@ -109,6 +109,7 @@ def trainer(
     callbacks: Sequence[L.Callback],
     together: type[DDPStrategy] | None = None,
     logged: bool = True,
+    precision: str | None = None,
     **arguments: Any,
 ) -> L.Trainer:
     """A trainer that knows its rank and the number of ranks; `fit` starts the other processes.
@@ -116,6 +117,7 @@ def trainer(
     Args:
         together: of stages/strategies.py, in place of plain DDP where there are several processes.
         logged: with the loggers of the configuration.
+        precision: in place of `trainer.precision`.
         arguments: go to `lightning.Trainer` as they are (max_steps, max_epochs, ...).
     """
     quieten()
@@ -126,7 +128,7 @@ def trainer(
         devices=t.devices,
         num_nodes=t.num_nodes,
         strategy=together() if together and several else t.strategy,
-        precision=precision_of(cfg),  # type: ignore[arg-type]
+        precision=precision or precision_of(cfg),  # type: ignore[arg-type]
         deterministic=t.deterministic,
         log_every_n_steps=t.log_every_n_steps,
         logger=loggers(cfg, folder, name) if logged else False,

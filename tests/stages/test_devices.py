@@ -21,6 +21,7 @@ import train
 from configs.compose import last_wins
 from datamodules.embedding_store import EmbeddingStore
 from datamodules.records import read_records
+from evaluation.rows import GenerationLog
 from stages.ranks import wait_for
 from tests.conftest import ROOT
 
@@ -147,10 +148,20 @@ def test_adapters_of_two_devices_equal_those_of_one_and_each_prompt_is_answered_
         assert apart < 1e-6 < 1e-4 < moved, (variant, apart, moved)
         losses = [read_losses(r / "align" / variant) for r in (one, two)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert train.main([*SMALL, f"run_dir={one}", "stages=[evaluate]", *settings]) == 0
     for variant in ("base", "sea_sft"):
-        rows = (two / "evaluate" / "generations" / f"{variant}.jsonl").read_text().splitlines()
-        assert len(rows) == len({json.loads(row)["id"] for row in rows}) == 14
-    assert (two / "report.json").exists()
+        answers = []
+        for run in (one, two):
+            path = run / "evaluate" / "generations" / f"{variant}.jsonl"
+            assert len(path.read_text().splitlines()) == 14
+            answers.append({row.id: row.answer for row in GenerationLog(path, variant).rows()})
+        assert answers[0] == answers[1]
+    assert reports(one) == reports(two)
+    assert not list((two / "evaluate" / "generations").glob("*.rank-*"))
+
+
+def reports(run: Path) -> list[Any]:
+    return json.loads((run / "report.json").read_text())["results"]
 
 
 def read_losses(folder: Path) -> list[float]:
