@@ -450,7 +450,7 @@ class Trainer:
     accelerator: str = doc("kind of device", "auto", choices=("auto", "cpu", "gpu", "cuda", "mps", "tpu"), free=True)
     devices: int | str = doc("number of devices on a node, or auto", 1, free=True)
     num_nodes: int = doc("nodes", 1, low=1, free=True)
-    strategy: str = doc("auto, ddp, ...", "auto", free=True)
+    strategy: str = doc("auto, ddp, fsdp2, or another of Lightning's", "auto", free=True)
     precision: str = doc("32-true, bf16-mixed, bf16-true, ...; auto: bf16-mixed if native", "32-true")
     deterministic: bool = doc("refuse kernels that vary from run to run", False, free=True)
     log_every_n_steps: int = doc("steps between log rows", 10, low=1, free=True)

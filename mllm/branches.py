@@ -118,6 +118,13 @@ class BranchForward:
             self._tell(off)
         return self._plain(items, media) if off or not shared else self._packed(items, media)
 
+    def settle(self) -> None:
+        """Tries the packed form now, on text and on the blank, where `plan` would do so when it first meets one. Ranks
+        that share a model's shards must not each do it in their own time."""
+        for media in (False, True) if self.anchor is not None else (False,):
+            if not self.packed_off and self.mode == "auto" and media not in self._tried:
+                self._try_packed(media)
+
     def plan_text(self, items: Sequence[Item], shared: bool = True) -> Plan:
         """`plan` for items that must all be without media; its forward takes no E."""
         if any(item.media for item in items):

@@ -27,6 +27,7 @@ from lightning_modules.losses import DPOLossType
 from lightning_modules.sft_aligner import SFTAligner
 from mllm.branches import Item
 from mllm.loading import MLLM, load
+from mllm.sharding import is_sharded, unshard
 from stages.encode import RECORDS as REAL_RECORDS
 from stages.manifest import versions
 from stages.model_card import model_card
@@ -87,6 +88,8 @@ def align_variant(cfg: Config, run: Run, name: str, variant: AlignVariant) -> No
         "steps": variant.steps,
         "trained_parameters": trained,
     }
+    if any(map(is_sharded, module.parameters())) and (variant.full_finetune or variant.merge):
+        unshard(module.model)
     if run.leader:
         export(stage, mllm, module, variant)
         card = model_card(cfg, name, variant, result, versions())

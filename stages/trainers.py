@@ -19,6 +19,7 @@ from callbacks.throughput import Throughput
 from callbacks.wandb_run import StageLogger, wandb_run
 from configs.schema import Config
 from stages import ranks
+from stages.strategies import ShardedStep, SharedStep
 
 # True for us by design, and repeated for every one of a dozen fits.
 _EXPECTED = (
@@ -123,6 +124,8 @@ def trainer(
     quieten()
     t = cfg.trainer
     several = (t.devices not in (1, "1") or t.num_nodes > 1) and t.strategy in ("auto", "ddp")
+    if t.strategy == "fsdp2":  # also on one device, where it can be tried
+        together, several = ShardedStep if together in (None, SharedStep) else together, True
     return L.Trainer(
         accelerator=t.accelerator,
         devices=t.devices,

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,20 +128,31 @@ def test_after_kill_9_of_one_process_the_other_ends_and_a_single_one_completes_t
     assert complete(run)["ranks"] == 1
 
 
-def test_adapters_of_two_devices_equal_those_of_one_and_each_prompt_is_answered_once(tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    settings = [
-        f"align.variants=[{','.join(VARIANTS)}]",
-        # Adam moves a weight by the learning rate however small its gradient, and so makes rounding large: a low one.
-        *(f"variants.{v}.{k}" for v in VARIANTS for k in ("steps=4", "batch_size=6", "lr=5e-4")),
-        "variants.sea_sft.micro_batch_size=2",  # another number of backward passes on each rank
-        "evaluate.limit=2", "evaluate.max_new_tokens=8", "evaluate.variants=[base,sea_sft]",
-    ]  # fmt: skip
-    assert train.main([*SMALL, f"run_dir={one}", "stages=[synthesize]"]) == 0
-    shutil.copytree(one, two)
-    assert train.main([*SMALL, f"run_dir={one}", "stages=[align]", *settings]) == 0
-    end(start(two, *TWO, "stages=[align,evaluate]", *settings))
-    for variant in VARIANTS:
+SETTINGS = [
+    f"align.variants=[{','.join(VARIANTS)}]",
+    # Adam moves a weight by the learning rate however small its gradient, and so makes rounding large: a low one.
+    *(f"variants.{v}.{k}" for v in VARIANTS for k in ("steps=4", "batch_size=6", "lr=5e-4")),
+    "variants.sea_sft.micro_batch_size=2",  # another number of backward passes on each rank
+    "evaluate.limit=2", "evaluate.max_new_tokens=8", "evaluate.variants=[base,sea_sft]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All stages by one process."""
+    run = tmp_path_factory.mktemp("devices") / "one"
+    assert train.main([*SMALL, f"run_dir={run}", *SETTINGS]) == 0
+    return run
+
+
+def copied(one: Path, run: Path) -> Path:
+    """A run that has the embeddings of `one` and nothing else yet."""
+    shutil.copytree(one, run, ignore=lambda folder, names: {"align", "evaluate", "report.json"} & set(names))
+    return run
+
+
+def equal_adapters(one: Path, two: Path, variants: Sequence[str]) -> None:
+    for variant in variants:
         a, b = (load_file(r / "align" / variant / "adapter" / "adapter_model.safetensors") for r in (one, two))
         assert a.keys() == b.keys()
         moved = max(v.abs().max().item() for k, v in a.items() if "lora_B" in k)
@@ -148,7 +160,12 @@ def test_adapters_of_two_devices_equal_those_of_one_and_each_prompt_is_answered_
         assert apart < 1e-6 < 1e-4 < moved, (variant, apart, moved)
         losses = [read_losses(r / "align" / variant) for r in (one, two)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert train.main([*SMALL, f"run_dir={one}", "stages=[evaluate]", *settings]) == 0
+
+
+def test_adapters_of_two_devices_equal_those_of_one_and_each_prompt_is_answered_once(one: Path, tmp_path: Path) -> None:
+    two = copied(one, tmp_path / "two")
+    end(start(two, *TWO, "stages=[align,evaluate]", *SETTINGS))
+    equal_adapters(one, two, VARIANTS)
     for variant in ("base", "sea_sft"):
         answers = []
         for run in (one, two):
@@ -158,6 +175,12 @@ def test_adapters_of_two_devices_equal_those_of_one_and_each_prompt_is_answered_
         assert answers[0] == answers[1]
     assert reports(one) == reports(two)
     assert not list((two / "evaluate" / "generations").glob("*.rank-*"))
+
+
+def test_adapters_of_two_devices_with_sharded_weights_equal_those_of_one(one: Path, tmp_path: Path) -> None:
+    two = copied(one, tmp_path / "two")
+    end(start(two, "trainer=fsdp2", "trainer.devices=2", "stages=[align]", *SETTINGS))
+    equal_adapters(one, two, VARIANTS)
 
 
 def reports(run: Path) -> list[Any]:
