@@ -27,6 +27,8 @@ _EXPECTED = (
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
     ".*does not have many workers.*",  # batches are index look-ups in memory-mapped files
     ".*is not expected to be called.*",
+    ".*Couldn't infer the batch indices.*",  # callbacks/generation_writer.py needs none
+    ".*`srun` command is available.*",  # a job of one process needs no srun
 )
 
 
