@@ -26,7 +26,7 @@ from lightning_modules.losses import token_logps
 from lightning_modules.optimisation import adamw, keep_trained, trained
 from mllm.branches import BranchForward, BranchLogits, Item
 from mllm.loading import MLLM
-from mllm.sharding import gathered, is_sharded, shard
+from mllm.sharding import gathered, is_sharded, shard, shared_weights
 
 
 def trainable_model(mllm: MLLM, variant: AlignVariant) -> nn.Module:
@@ -116,7 +116,7 @@ class Aligner(L.LightningModule, ABC):
             for key, value in sums.items():
                 logs[key] = logs.get(key, 0.0) + value
         for _ in range(missing):
-            self.manual_backward(self.micro_step(*parts[-1], total)[0] * 0)
+            self.backward_pass(self.micro_step(*parts[-1], total)[0] * 0)
         self.average_gradients()
         if self.grad_clip:
             norm = nn.utils.clip_grad_norm_(trained(self), self.grad_clip)
@@ -126,6 +126,12 @@ class Aligner(L.LightningModule, ABC):
         self.log_dict({f"align/{k}": v for k, v in logs.items()}, batch_size=1, sync_dist=True)
         self.log("align/loss", loss_sum, prog_bar=True, batch_size=1, sync_dist=True)
         return loss_sum
+
+    def backward_pass(self, loss: torch.Tensor) -> None:
+        """Of one micro-batch; under lockstep every rank sends the same gradients."""
+        if self.lockstep and not isinstance(self.model, PeftModel):
+            loss = loss + shared_weights(self.model)
+        self.manual_backward(loss)
 
     def passes_missing(self, parts: Sequence[tuple[Any, Any, Any]]) -> int:
         """How many forward and backward passes of this step other ranks have more than this one."""
@@ -145,13 +151,13 @@ class Aligner(L.LightningModule, ABC):
         """Adds the gradient of one micro-batch; returns its loss, detached, and the sums for the log."""
         if E is None or not self.attacks(E):
             loss, sums = self.micro_step(items, E, ids, total)
-            self.manual_backward(loss)
+            self.backward_pass(loss)
             return loss.detach(), sums
         E = {path: e.to(self.device).detach().requires_grad_() for path, e in E.items()}
         clean, sums = self.micro_step(items, E, ids, total)
-        self.manual_backward(clean / 2)
+        self.backward_pass(clean / 2)
         attacked, _ = self.micro_step(items, self.attacked(E, ids[: len(items)]), ids, total)
-        self.manual_backward(attacked / 2)
+        self.backward_pass(attacked / 2)
         return (clean + attacked).detach() / 2, {**sums, "attacked_loss": attacked.detach()}
 
     def attacked(self, E: Mapping[str, torch.Tensor], ids: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -245,9 +251,16 @@ class Aligner(L.LightningModule, ABC):
     ) -> AlignmentBatch:
         return batch  # items are planned on the CPU, E moves micro-batch by micro-batch
 
-    def export(self, folder: str, merge: bool = False) -> None:
-        """The PEFT adapter (or, fully fine-tuned or merged, the whole model) as safetensors in `folder`."""
-        if isinstance(self.model, PeftModel) and merge:
-            self.model.merge_and_unload().save_pretrained(folder)
-        else:
-            self.model.save_pretrained(folder)  # type: ignore[operator]
+    def whole_weights(self) -> dict[str, Any] | None:
+        """All weights of a sharded, fully fine-tuned model, whole and on the CPU, tied ones once; None for others. A
+        collective."""
+        if isinstance(self.model, PeftModel) or not any(map(is_sharded, self.model.parameters())):
+            return None
+        once = {id(p): name for name, p in reversed(self.model.state_dict(keep_vars=True).items())}
+        weights: dict[str, Any] = gathered({n: p for n, p in self.model.state_dict().items() if n in once.values()})
+        return weights
+
+    def export(self, folder: str, weights: Mapping[str, Any] | None = None) -> None:
+        """The PEFT adapter (or, fully fine-tuned, the whole model) as safetensors in `folder`."""
+        given = {} if weights is None else {"state_dict": weights}
+        self.model.save_pretrained(folder, **given)  # type: ignore[operator]

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mllm.anchor import base_model
@@ -41,11 +41,14 @@ def shard(model: nn.Module, mesh: DeviceMesh, encoder: Iterable[nn.Module] = ())
     fully_shard(model, mesh=mesh, ignored_params=whole)
 
 
-def unshard(model: nn.Module) -> None:
-    """All weights whole on every rank again, for saving. A collective."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
+def shared_weights(model: nn.Module) -> torch.Tensor:
+    """0, with a gradient of zero for every trained weight outside the decoder's layers; add it to a loss after the
+    forward. A text has no gradient for the projector, a medium has one: what is sent after a backward pass would differ
+    from rank to rank."""
+    base: Any = base_model(model)
+    inside = {id(p) for layer in getattr(base.get_decoder(), "layers", ()) for p in layer.parameters()}
+    outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
+    return torch.stack([(p * 0).sum() for p in outside]).sum() if outside else torch.zeros(())
 
 
 def is_sharded(tensor: Any) -> bool:

@@ -16,7 +16,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 import train
 from configs.compose import last_wins
@@ -25,6 +28,7 @@ from datamodules.records import read_records
 from evaluation.rows import GenerationLog
 from stages.ranks import wait_for
 from tests.conftest import ROOT
+from tests.micro import micro
 
 pytestmark = pytest.mark.slow
 SMALL = [
@@ -181,6 +185,44 @@ def test_adapters_of_two_devices_with_sharded_weights_equal_those_of_one(one: Pa
     two = copied(one, tmp_path / "two")
     end(start(two, "trainer=fsdp2", "trainer.devices=2", "stages=[align]", *SETTINGS))
     equal_adapters(one, two, VARIANTS)
+
+
+FULL = [
+    "align.variants=[sea_sft]", "variants.sea_sft.full_finetune=true", "variants.sea_sft.steps=4",
+    "variants.sea_sft.lr=1e-4", "variants.sea_sft.batch_size=6", "variants.sea_sft.micro_batch_size=2",
+    "variants.sea_sft.checkpoint_every_steps=2", "stages=[align]",
+]  # fmt: skip
+
+
+def test_sharded_full_fine_tuning_equals_that_of_one_device_and_one_goes_on_where_two_stopped(
+    one: Path, tmp_path: Path
+) -> None:
+    alone, two = copied(one, tmp_path / "alone"), copied(one, tmp_path / "two")
+    assert train.main([*SMALL, f"run_dir={alone}", *FULL]) == 0
+    end(start(two, "trainer=fsdp2", "trainer.devices=2", *FULL))
+    weights = [load_file(r / "align" / "sea_sft" / "adapter" / "model.safetensors") for r in (alone, two)]
+    assert weights[0].keys() == weights[1].keys()
+    assert max((weights[0][k] - weights[1][k]).abs().max().item() for k in weights[0]) < 2e-6
+    record = two / "align" / "sea_sft" / "stage.json"
+    state = json.loads(record.read_text())
+    record.write_text(json.dumps(state | {"status": "running"}))  # as if it had died after its last checkpoint
+    shutil.rmtree(two / "align" / "sea_sft" / "adapter")
+    assert train.main([*SMALL, f"run_dir={two}", *FULL]) == 0
+    again = load_file(two / "align" / "sea_sft" / "adapter" / "model.safetensors")
+    assert all(torch.equal(again[k], v) for k, v in weights[1].items())
+
+
+def test_a_merged_checkpoint_answers_as_model_and_adapter_do(one: Path, tmp_path: Path) -> None:
+    run = copied(one, tmp_path / "run")
+    few = ["align.variants=[text_sft]", "variants.text_sft.steps=3", "variants.text_sft.merge=true"]
+    assert train.main([*SMALL, f"run_dir={run}", "stages=[align]", *few]) == 0
+    folder = run / "align" / "text_sft"
+    merged = AutoModelForImageTextToText.from_pretrained(folder / "merged").eval()
+    mllm = micro()
+    apart = PeftModel.from_pretrained(mllm.model, folder / "adapter").eval()
+    inputs = mllm.prompts.blank_inputs("What is shown?")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, apart(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
 def reports(run: Path) -> list[Any]:
