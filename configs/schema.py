@@ -115,6 +115,7 @@ class Model:
     prompts: Prompts = group(Prompts, "questions, targets and prefixes")
     blank_seconds: float = doc("audio: length of the silence that E starts from (s)", 10.0, low=0.1)
     max_seconds: float | None = doc("audio: longest clip that the model takes (s); a longer one is an error", low=0.1)
+    pad_seconds: float | None = doc("audio: shorter clips get silence at their end, up to this length (s)", low=0.1)
     blank_frames: int = doc("video: frames of the blank that E starts from", 8, low=1)
 
 
@@ -178,6 +179,7 @@ class Synthesis:
         "element",
         choices=("element", "embedding"),
     )
+    common: float = doc("the gradient's mean over positions is added to it so many times; 0 is the paper's", 0.0, low=0)
     max_steps: int = doc("step limit of one embedding", 200, low=1)
     warmup_steps: int = doc("steps of linear warm-up of each embedding", 0, low=0)
     lr_schedule: str = doc("after the warm-up", "constant", choices=("constant", "linear", "cosine"))
@@ -512,6 +514,7 @@ class Media:
     frames: int | None = doc("video: frames taken, evenly spaced; null: fps, else as many as the blank has", low=1)
     fps: float | None = doc("video: frames taken of each second, in place of frames", low=0.01)
     resample: bool = doc("audio: bring another sample rate to the model's; false: an error that names the file", False)
+    cut: bool = doc("audio: cut what is longer than model.max_seconds; false: an error that names the file", False)
     max_seconds: float = doc("longest clip (s)", 120.0, low=0.1)
     max_pixels: int = doc("largest picture or frame (pixels)", 89_478_485, low=1)
     max_megabytes: float = doc("largest file, and largest decoded clip", 1024.0, low=0.001)

@@ -37,7 +37,8 @@ class MediaRules:
         frames, fps: video: how many frames are taken, or how many a second; None and None takes all.
         sample_rate: audio: Hz that the model expects; None takes what comes.
         resample: audio: bring another rate to it; else another rate is an error.
-        samples: audio: silence is added at the end up to this length; None adds none, and nothing is ever cut off.
+        samples: audio: silence is added at the end up to this length; None adds none.
+        cut_seconds: audio: what comes later is cut off; None cuts nothing.
         max_seconds, max_pixels, max_megabytes: longest clip, largest frame, largest file and decoded clip.
     """
 
@@ -48,6 +49,7 @@ class MediaRules:
     sample_rate: int | None = None
     resample: bool = False
     samples: int | None = None
+    cut_seconds: float | None = None
     max_seconds: float = 120.0
     max_pixels: int = MAX_PIXELS
     max_megabytes: float = 1024.0
@@ -72,7 +74,7 @@ def decode_medium(data: bytes, name: Path, rules: MediaRules) -> Medium:
     if rules.modality == "video":
         return decode_video(data, name, rules)
     if rules.modality == "audio":
-        return _lengthened(decode_audio(data, name, rules), name, rules)
+        return _lengthened(_cut(decode_audio(data, name, rules), rules), name, rules)
     try:
         image = decode(data)
     except ValueError as error:
@@ -99,12 +101,18 @@ def described(medium: Medium) -> str:
     return f"{medium.width} x {medium.height} px"
 
 
+def _cut(clip: AudioClip, rules: MediaRules) -> AudioClip:
+    if rules.cut_seconds is None:
+        return clip
+    return AudioClip(clip.samples[: round(rules.cut_seconds * clip.sample_rate)], clip.sample_rate)
+
+
 def _lengthened(clip: AudioClip, name: Path, rules: MediaRules) -> AudioClip:
     if rules.samples is None or len(clip.samples) == rules.samples:
         return clip
     if len(clip.samples) > rules.samples:
         raise ValueError(
             f"{name}: {clip.seconds:.2f} s, the model's blank has {rules.samples / clip.sample_rate:.2f} s; cut it, "
-            "speech is never cut off here"
+            "or set media.cut=true"
         )
     return AudioClip(np.pad(clip.samples, (0, rules.samples - len(clip.samples))), clip.sample_rate)

@@ -57,6 +57,8 @@ def media_arguments(spec: Model, processor: ProcessorMixin, media: Sequence[Any]
         arguments["sampling_rate"] = sampling_rate(processor)
         for number, clip in enumerate(media):
             check_clip(clip, arguments["sampling_rate"], spec.max_seconds, f"clip {number + 1} of {len(media)}")
+        shortest = round((spec.pad_seconds or 0) * arguments["sampling_rate"])
+        arguments["audio"] = [np.pad(clip, (0, max(0, shortest - len(clip)))) for clip in media]
     if spec.modality == "video":
         for number, frames in enumerate(media):
             check_frames(frames, f"video {number + 1} of {len(media)}")

@@ -18,7 +18,8 @@ def media_rules(cfg: Config, mllm: MLLM, fit: bool = False) -> MediaRules:
     m, modality = cfg.media, mllm.spec.modality
     blank = blank_medium(cfg.model, mllm.processor)
     frames, size, samples, seconds = m.frames, None, None, m.max_seconds
-    if modality == "audio" and cfg.model.max_seconds is not None:
+    cut = cfg.model.max_seconds if modality == "audio" and m.cut else None
+    if modality == "audio" and cfg.model.max_seconds is not None and not m.cut:
         seconds = min(seconds, cfg.model.max_seconds)
     if modality == "video" and m.frames is None and m.fps is None:
         frames = len(blank)  # as many as an embedding stands for
@@ -35,6 +36,7 @@ def media_rules(cfg: Config, mllm: MLLM, fit: bool = False) -> MediaRules:
         sample_rate=sampling_rate(mllm.processor) if modality == "audio" else None,
         resample=m.resample,
         samples=samples,
+        cut_seconds=cut,
         max_seconds=seconds,
         max_pixels=m.max_pixels,
         max_megabytes=m.max_megabytes,
