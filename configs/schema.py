@@ -241,6 +241,7 @@ class Mixture:
     text: float = doc("text records", 1.0, low=0)
     prefixed: float = doc("embedding + SEA's prefix + neutral instruction", 0.0, low=0)
     plain: float = doc("embedding + neutral instruction, no prefix", 0.0, low=0)
+    alone: float = doc("embedding and no text, for media that can be the whole request (speech)", 0.0, low=0)
     reading: float = doc("replay: the description that an embedding was optimised for", 0.0, low=0)
     replay: float = doc("what the unaligned model answers to model.prompts.replay about an embedding", 0.0, low=0)
     harmful: float = doc(

@@ -40,6 +40,15 @@ def test_other_clips_are_refused_with_what_is_wrong(clip: object, message: str) 
         media_arguments(AUDIO, build_processor(["a"]), [clip])
 
 
+def test_a_short_clip_gets_silence_at_its_end_where_the_model_says_so() -> None:
+    padded = dataclasses.replace(AUDIO, pad_seconds=2)
+    clips = [np.full(n, 0.5, np.float32) for n in (RATE, 3 * RATE)]
+    short, long = media_arguments(padded, build_processor(["a"]), clips)["audio"]
+    assert (len(short), len(long)) == (2 * RATE, 3 * RATE)
+    assert short[:RATE].all()
+    assert not short[RATE:].any()
+
+
 def test_a_clip_of_exactly_the_longest_length_is_taken_and_without_a_limit_any() -> None:
     check_clip(np.zeros(5 * RATE, np.float32), RATE, 5, "x.wav")
     check_clip(np.zeros(50 * RATE, np.float32), RATE, None, "x.wav")

@@ -10,10 +10,6 @@ import pytest
 import train
 from configs.compose import compose
 from configs.keys import leaves
-from tests.micro import ROOT
-
-if not (ROOT / "assets" / "micro_qwen2_audio").is_dir():
-    pytest.skip("assets/micro_qwen2_audio has no weights yet", allow_module_level=True)
 
 SMALL = [
     "experiment=sea_audio", "synthesis.harmful=3", "synthesis.harmless=3", "synthesis.slots=4",
