@@ -267,12 +267,6 @@ class AlignVariant:
     grad_clip: float = doc("largest norm of the gradient; 0 turns it off", 1.0, low=0)
     embedding_noise: float = doc("noise on E in training, in units of the blank's RMS", 0.0, low=0)
     attack_radius: float = doc("largest attack on E in half of the loss, in the same units; 0: none", 0.0, low=0)
-    blank_share: float = doc(
-        "largest share of E's positions that are the blank's again; for media that show their content part of the time",
-        0.0,
-        low=0,
-        high=0.95,
-    )
     beta: float = doc("DPO: strength of the pull to the reference", 0.1, low=0)
     loss_type: str = doc("DPO: loss", "sigmoid", choices=("sigmoid", "ipo", "hinge", "robust"))
     sft_weight: float = doc("DPO: weight of the chosen answer's mean NLL beside the DPO loss", 0.0, low=0)

@@ -62,7 +62,6 @@ class Aligner(L.LightningModule, ABC):
         attack_radius: largest attack on E, in the same units. Half of the loss on examples with E is then taken where
             E has been moved against the model (`attacked`): what is learned holds around E, so for real media near it.
         calm_steps: first steps without attacks.
-        blank_share: largest share of E's positions that are the blank's again (`partly_blank`).
     """
 
     def __init__(
@@ -78,11 +77,9 @@ class Aligner(L.LightningModule, ABC):
         noise: float = 0.0,
         attack_radius: float = 0.0,
         calm_steps: int = 0,
-        blank_share: float = 0.0,
     ) -> None:
         super().__init__()
         self.noise, self.attack_radius, self.calm_steps = noise, attack_radius, calm_steps
-        self.blank_share = blank_share
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds the trained weights only
         self.lockstep = False  # every rank runs as many passes as the one with the most: sharded weights need it
@@ -108,7 +105,7 @@ class Aligner(L.LightningModule, ABC):
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         logs: dict[str, Any] = {}
         loss_sum = torch.zeros((), device=self.device)
-        parts = list(chunks(self.with_noise(self.partly_blank(batch)), self.micro_batch_size))
+        parts = list(chunks(self.with_noise(batch), self.micro_batch_size))
         missing = self.passes_missing(parts)  # before the first pass: the ranks ask each other
         for items, E, ids in parts:
             loss, sums = self.micro_backward(items, E, ids, total)
@@ -199,26 +196,6 @@ class Aligner(L.LightningModule, ABC):
         self.forward_branches.settle()
         shard(self.model, mesh, self.anchor.encoder_modules.values())
         self.lockstep = True
-
-    def partly_blank(self, batch: AlignmentBatch) -> AlignmentBatch:
-        """A stretch of each E stays, what is around it becomes the blank again. An optimised E says its content at all
-        positions, a clip only for a part of its time. The share is uniform in [0, blank_share], a function of step and
-        id, as is the place; positions are the last axis but one."""
-        if not self.blank_share or not batch.media:
-            return batch
-        E = {}
-        for path, e in batch.E.items():
-            blank = self.anchor.E0_by_path[path].to(e)
-            items = e.reshape(len(batch.media), *blank.shape).clone()
-            n = blank.shape[-2]
-            for item, id in zip(items, batch.ids, strict=False):  # the ids of media come first
-                rng = random.Random(f"blank/{batch.step}/{id}")
-                kept = n - int(n * rng.uniform(0, self.blank_share))
-                start = rng.randint(0, n - kept)
-                for stretch in (slice(0, start), slice(start + kept, n)):
-                    item[..., stretch, :] = blank[..., stretch, :]
-            E[path] = items.view_as(e)
-        return replace(batch, E=E)
 
     def with_noise(self, batch: AlignmentBatch) -> AlignmentBatch:
         """Gaussian noise on E, in units of the RMS of the blank's; a function of the step, so resuming repeats it."""

@@ -118,7 +118,6 @@ def aligner(mllm: MLLM, variant: AlignVariant, precompute: bool) -> Aligner:
         "grad_clip": variant.grad_clip,
         "noise": variant.embedding_noise,
         "attack_radius": variant.attack_radius,
-        "blank_share": variant.blank_share,
     }
     if variant.method == "sft":
         return SFTAligner(mllm, model, **common)  # type: ignore[arg-type]

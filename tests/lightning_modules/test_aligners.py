@@ -342,27 +342,6 @@ def test_noise_on_embeddings_has_its_size_and_is_a_function_of_the_step() -> Non
     assert not torch.equal(noisy, module.with_noise(replace(batch, step=4)).E[PATH])
 
 
-def test_partly_blank_keeps_one_stretch_of_each_embedding_and_no_more_is_blank_than_asked() -> None:
-    mllm = micro()
-    module = SFTAligner(mllm, trainable_model(mllm, VARIANT), steps=1, blank_share=0.75)
-    blank = mllm.anchor.E0_by_path[PATH]
-    n = blank.shape[-2]
-    kept = []
-    for step in range(20):
-        E = {path: e + 1 for path, e in embeddings(mllm, 4).items()}  # nowhere the blank
-        batch = AlignmentBatch(step, [], made(mllm, False, True)[1], E, ["0", "1", "2", "3"])
-        parts = module.partly_blank(batch).E[PATH]
-        assert torch.equal(parts, module.partly_blank(batch).E[PATH])
-        for item, before in zip(parts.view(4, n, -1), E[PATH].view(4, n, -1), strict=True):
-            same = (item == before).all(-1)
-            assert torch.equal(item[~same], blank.view(n, -1)[~same])
-            assert int(same.int().diff().abs().sum()) <= 2  # one stretch
-            kept.append(int(same.sum()))
-    assert n / 4 <= min(kept) < n / 2 < n * 0.9 < max(kept)
-    whole = SFTAligner(mllm, trainable_model(mllm, VARIANT), steps=1).partly_blank(batch)
-    assert torch.equal(whole.E[PATH], E[PATH])
-
-
 def test_an_attack_stays_within_its_radius_and_raises_the_loss() -> None:
     mllm = micro()
     module = SFTAligner(mllm, trainable_model(mllm, VARIANT), steps=1, attack_radius=0.2)
