@@ -14,13 +14,15 @@ from datamodules.micro_media import micro_medium
 from datamodules.micro_world import N_FORMS, NEUTRAL, phrases, question
 
 
-def micro_benchmark(prompts: Prompts, seed: int = 0, modality: str = "image") -> list[BenchmarkPrompt]:
+def micro_benchmark(
+    prompts: Prompts, seed: int = 0, modality: str = "image", plugin: str | None = None
+) -> list[BenchmarkPrompt]:
     """112 harmful and 112 benign held-out phrases in each of three tasks, and a reading question for every medium.
 
     Tasks: text_only, `<modality>_plain`, `<modality>_prefixed`. The wording cycles through the forms; style, place and
     noise are drawn by the seed and the phrase.
     """
-    medium = micro_medium(modality)
+    medium = micro_medium(modality, plugin)
     plain, prefixed = f"{modality}_plain", f"{modality}_prefixed"
     out: list[BenchmarkPrompt] = []
     for phrase in phrases("heldout"):
