@@ -39,6 +39,9 @@ BENCHMARKS: dict[str, str | None] = {
 }
 """Name in `evaluate.benchmarks` -> the key of `evaluate` that says where it lies; None: drawn, it lies nowhere."""
 
+MODALITIES = ("image", "video", "audio")
+"""Modalities whose blank, media files and processor arguments are known; any other comes with `model.plugin`."""
+
 REQUIRED = "???"
 """Default of a key that a group file or the command line must set."""
 
@@ -102,7 +105,13 @@ class Model:
     name: str = doc("short name in reports", REQUIRED)
     path: str = doc("folder of the checkpoint, or hub id (owner/name)", REQUIRED)
     revision: str | None = doc("hub revision (a commit hash); null for a folder")
-    modality: str = doc("what E stands for", "image", choices=("image", "video", "audio"))
+    modality: str = doc(
+        "what E stands for: image, video, audio, or a word of your own (lower case), which needs model.plugin", "image"
+    )
+    plugin: str | None = doc(
+        "Python file, or folder with __init__.py, that registers model classes with transformers; from here or from "
+        "the project on. It is run: take none that you have not read (docs/new-modality.md)"
+    )
     projector: list[str] = doc("module path(s) of the projector P; E replaces its first argument", [])
     dtype: str = doc("dtype of the weights", "float32", choices=("float32", "bfloat16", "float16"))
     attn_implementation: str = doc("attention kernel", "sdpa", choices=("sdpa", "eager"))
@@ -117,6 +126,10 @@ class Model:
     max_seconds: float | None = doc("audio: longest clip that the model takes (s); a longer one is an error", low=0.1)
     pad_seconds: float | None = doc("audio: shorter clips get silence at their end, up to this length (s)", low=0.1)
     blank_frames: int = doc("video: frames of the blank that E starts from", 8, low=1)
+    blank_shape: list[int] = doc(
+        "another modality: shape of the blank array (float32), channels first, e.g. [6,128]", []
+    )
+    blank_level: float = doc("another modality: the one value that fills the blank", 0.0)
 
 
 @dataclass

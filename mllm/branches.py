@@ -86,7 +86,11 @@ class BranchForward:
         if anchor is not None and anchor.base is not self.base:
             raise ValueError("anchor: made for another model than the one given; make both from the same one")
         if anchor is not None and not anchor.media_token_ids:
-            raise ValueError(f"{self._name}: none of the media tokens that its config names is in the recorded prompt")
+            wanted = f"image_token_id or {anchor.modality or 'audio'}_token_id"
+            raise ValueError(
+                f"{self._name}: none of the media tokens that its config names is in the recorded prompt; the config "
+                f"must have the placeholder's id, for instance as {wanted}"
+            )
         if self.base.get_output_embeddings() is None:
             raise ValueError(f"{self._name} has no output embedding, expected a causal language model")
         self._layouts = PrefixLayouts(self.base, anchor)

@@ -59,7 +59,7 @@ def _chosen(cfg: Config, name: str) -> list[BenchmarkPrompt]:
 def _read(cfg: Config, name: str) -> list[BenchmarkPrompt]:
     """All tasks, or those that are chosen where a reader can leave the others away: their media may not be there."""
     if (key := BENCHMARKS[name]) is None:
-        return DRAWN[name](cfg.model.prompts, cfg.seed, cfg.model.modality)
+        return DRAWN[name](cfg.model.prompts, cfg.seed, cfg.model.modality, cfg.model.plugin)
     reader, root = READERS[name], Path(getattr(cfg.evaluate, key))
     if cfg.evaluate.tasks is not None and "tasks" in inspect.signature(reader).parameters:
         return reader(root, tasks=cfg.evaluate.tasks)

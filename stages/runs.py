@@ -31,8 +31,9 @@ from typing import Any, Literal
 from callbacks.progress import console
 from configs.compose import save
 from configs.keys import leaves
-from configs.schema import Config
+from configs.schema import MODALITIES, Config
 from datamodules.durable import write_durably
+from mllm.plugins import source_hash
 from stages import ranks, run_folder
 from stages.manifest import begin_manifest
 from stages.run_log import RunLog, file_only, log
@@ -230,6 +231,12 @@ class Run:
 
     def _config(self) -> dict[str, Any]:
         kept = {leaf.key: leaf.value for leaf in leaves(self.cfg) if not leaf.field.metadata.get("free")}
+        if self.cfg.model.plugin:  # it counts by what is written in it: edited, it is another model
+            kept["model.plugin.source"] = source_hash(self.cfg.model.plugin)
+        else:
+            del kept["model.plugin"]
+        if self.cfg.model.modality in MODALITIES:  # what does not apply is left out: runs from before it can be resumed
+            del kept["model.blank_shape"], kept["model.blank_level"]
         values: dict[str, Any] = json.loads(json.dumps(kept))
         return values
 

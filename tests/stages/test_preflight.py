@@ -123,3 +123,9 @@ def test_device(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert "did you mean gpu?" in told
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "trainer.accelerator=gpu: torch sees no GPU" in refused(tmp_path, capsys, "trainer.accelerator=gpu")
+
+
+def test_a_plugin_that_cannot_be_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text("import no_such_module_here\n")
+    told = refused(tmp_path, capsys, f"model.plugin={tmp_path}/own.py")
+    assert f"model.plugin={tmp_path}/own.py: {tmp_path}/own.py:1: ModuleNotFoundError" in told
