@@ -110,6 +110,8 @@ def _keys(config: Config | None, width: int) -> list[str]:
     abouts = {f.name: f.metadata["help"] for f in fields(Config)}
     lines, section = [], ""
     for key, leaf in shown.items():
+        if key.startswith("slurm.") and not key.startswith("slurm.all."):
+            continue  # the same keys again for each stage
         head = key.split(".")[0] if "." in key else ""
         if head != section:
             section = head
@@ -121,7 +123,8 @@ def _keys(config: Config | None, width: int) -> list[str]:
             lines.append(start.rstrip())
             start = " " * 68
         lines += textwrap.wrap(about, width, initial_indent=start, subsequent_indent=" " * 68)
-    lines += ["", "  the variants and what they set otherwise:"]
+    lines += ["", "  slurm.<stage>.KEY sets the same for one stage: slurm.synthesize.array=8", ""]
+    lines += ["  the variants and what they set otherwise:"]
     for name, variant in (config or Config()).variants.items():
         plain = {leaf.key: leaf.value for leaf in leaves(AlignVariant())}
         differing = [f"{leaf.key}={_value(leaf.value)}" for leaf in leaves(variant) if plain[leaf.key] != leaf.value]
