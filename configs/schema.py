@@ -595,9 +595,7 @@ class SlurmJob:
     cpus: int | None = doc("cores of each process", low=1, free=True)
     mem: str | None = doc("memory of each node (64G)", free=True)
     array: int | None = doc("synthesize: so many jobs divide the work", low=1, free=True)
-    warn: int | None = doc(
-        "seconds before the time limit at which it saves and goes back to the queue", low=1, free=True
-    )
+    warn: int | None = doc("seconds before the time limit at which it saves and is requeued", low=1, free=True)
     restarts: int | None = doc("times that it may go back to the queue", low=0, free=True)
     container: str | None = doc("image to run in", free=True)
     runtime: str | None = doc("pyxis: srun --container-image; apptainer: apptainer exec", free=True)
