@@ -8,6 +8,7 @@ ranks agree whether any of them was told; then all save, and leave before the ne
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from callbacks.signals import EXIT_CODES
+
+log = logging.getLogger(__name__)
 
 
 class StopWhenTold(Callback):
@@ -48,6 +51,7 @@ class StopWhenTold(Callback):
         if self.code is None and trainer.strategy.reduce_boolean_decision(bool(told), all=False):
             ends = trainer.strategy.reduce_boolean_decision(told == signal.SIGTERM, all=False)
             self.save(trainer, pl_module)
+            log.info("told to stop: saved after step %d", trainer.global_step)
             self.code = EXIT_CODES[signal.SIGTERM if ends else signal.SIGUSR1]
 
     def on_train_batch_start(

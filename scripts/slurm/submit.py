@@ -1,6 +1,6 @@
 """Submits the stages of an experiment to SLURM, each after the one before: the words of `train.py`, and `slurm.*`.
 
-    python scripts/slurm/submit.py experiment=sea_image run=mine --dry-run          # prints the scripts, submits nothing
+    python scripts/slurm/submit.py experiment=sea_image run=mine --dry-run     # prints the scripts, no more
     python scripts/slurm/submit.py experiment=sea_image run=mine slurm.all.partition=gpu slurm.all.gpus=1 \
         slurm.synthesize.array=8 slurm.align.gpus=4 slurm.all.time=4:00:00
 
