@@ -160,7 +160,7 @@ def _command(cfg: Config, stage: str, r: SlurmJob, overrides: Sequence[str], run
     words += [r.python or ("python" if r.container else sys.executable), str(PROJECT / "train.py")]
     set_here = [*OURS, "trainer.devices", "trainer.num_nodes"]
     words += [word for word in overrides if word.lstrip("+").partition("=")[0] not in set_here]
-    words += [f"run_dir={run_dir}", f"stages=[{stage}]"]
+    words += [f"run_dir={_quoted(str(run_dir))}", f"stages=[{stage}]"]
     words += [f"trainer.devices={_tasks(r)}", f"trainer.num_nodes={r.nodes}"]
     if _tasks(r) * (r.nodes or 1) > 1 and cfg.trainer.strategy == "auto":
         words.append("trainer.strategy=ddp")
@@ -168,6 +168,13 @@ def _command(cfg: Config, stage: str, r: SlurmJob, overrides: Sequence[str], run
     if r.array and r.array > 1:
         command += f' synthesis.shards={r.array} synthesis.shard="$SLURM_ARRAY_TASK_ID"'
     return command
+
+
+def _quoted(text: str) -> str:
+    """A path as a value of an override: Hydra reads some signs as its own."""
+    if re.fullmatch(r"[\w/.+@%-]+", text):
+        return text
+    return "'" + text.replace("'", r"\'") + "'"
 
 
 def _mounts(r: SlurmJob, run_dir: Path) -> list[str]:
