@@ -1,4 +1,4 @@
-"""Helpers of the SLURM tests: a run submitted by scripts/slurm/submit.py, watched and disturbed with SLURM's own commands.
+"""Helpers of the SLURM tests: runs submitted by scripts/slurm/submit.py, disturbed with SLURM's own commands.
 
 Nothing is imitated: sbatch, squeue, scancel and scontrol are the programs, and the jobs are train.py.
 """
