@@ -116,9 +116,8 @@ def test_resources_that_do_not_fit_are_told_by_their_key(word: str, told: str, t
 
 
 def test_time_is_read_as_sbatch_reads_it() -> None:
-    minute, hour = 60, 3600
-    expected = {"30": 30 * minute, "30:15": 30 * minute + 15, "2:00:00": 2 * hour, "1-12": 36 * hour,
-                "1-0:30": 24 * hour + 30 * minute, "UNLIMITED": float("inf"), "soon": None, "1:2:3:4": None}  # fmt: skip
+    expected = {"30": 1800, "30:15": 1815, "2:00:00": 7200, "1-12": 129600, "1-0:30": 88200,
+                "UNLIMITED": float("inf"), "soon": None, "1:2:3:4": None}  # fmt: skip
     assert {text: seconds_of(text) for text in expected} == expected
 
 

@@ -1,4 +1,4 @@
-"""Shards of a synthesis: each does its part in one run directory, the last one finishes, the whole is as if done at once."""
+"""Shards of a synthesis: each does its part in one run directory, the last one finishes; as if done at once."""
 
 from __future__ import annotations
 
