@@ -20,6 +20,7 @@ seen() { scontrol show job "$SLURM_JOB_ID" --oneliner | tr ' ' '\n' | sed -n "s/
 
 # Back to the queue, unless it was cancelled meanwhile; SLURM then ends this script.
 again() {
+  trap - TERM USR1
   if [ "$restarts" -ge @RESTARTS@ ]; then
     echo "== $1, but it was started again @RESTARTS@ times already (slurm.@STAGE@.restarts)"
   elif [ "$(seen JobState)" = RUNNING ]; then

@@ -71,6 +71,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 MpiDefault=none
+# Something that there is one of: who wants it preempts who has it, whatever else runs on the node.
+GresTypes=seat
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -92,11 +94,12 @@ SlurmctldPort=$PORT
 SlurmdPort=$((PORT + 1))
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$CPUS RealMemory=$memory State=UNKNOWN
-PartitionName=work Nodes=$host Default=YES MaxTime=60 DefaultTime=10 State=UP PriorityTier=5 PreemptMode=off
-PartitionName=low Nodes=$host MaxTime=60 DefaultTime=10 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
-PartitionName=high Nodes=$host MaxTime=60 DefaultTime=10 State=UP PriorityTier=10 PreemptMode=off
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$CPUS RealMemory=$memory Gres=seat:1 State=UNKNOWN
+PartitionName=work Nodes=$host Default=YES MaxTime=120 DefaultTime=60 State=UP PriorityTier=5 PreemptMode=off
+PartitionName=low Nodes=$host MaxTime=120 DefaultTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=high Nodes=$host MaxTime=120 DefaultTime=60 State=UP PriorityTier=10 PreemptMode=off
 CONF
+  echo "Name=seat Count=1" >"$STATE/gres.conf"
   if ! cmp -s "$SLURM_CONF.new" "$SLURM_CONF"; then
     end "$STATE/slurmd.pid"
     end "$STATE/slurmctld.pid"

@@ -31,7 +31,7 @@ SMALL = [
     "trainer.accelerator=cpu", "logger.tensorboard=false", "slurm.all.mem=1G",
 ]  # fmt: skip
 N = 12
-SOON = 300.0
+SOON = 900.0
 """How long (s) something may take that takes seconds on a quiet machine."""
 
 
