@@ -35,7 +35,8 @@ options:
   -m, --multirun     run every combination of comma-separated values, one after the other
   --config-dir DIR   look for experiments and groups there too (may be repeated)
 
-exit codes: 0 done, 1 the run failed, 2 a mistake in the command or the configuration, 130 Ctrl-C, 143 terminated
+exit codes: 0 done, 1 the run failed, 2 a mistake in the command or the configuration, 130 Ctrl-C, 143 terminated,
+  75 told to stop and to be started again (SIGUSR1)
 SEAWALL_TRACEBACK=1 shows full tracebacks; they are always in run.log of the run directory
 """
 
