@@ -5,6 +5,8 @@ Finished embeddings are in the store already; this concerns only the at most S o
     slots-<rank>.safetensors   what each rank of this attempt has under way, replaced every few steps
     slots.safetensors          what all ranks of earlier attempts had under way (`gather_slots`), read by every rank
 
+A shard (stages/synthesis_shard.py) has such files in a folder of its own; a whole attempt gathers those as well.
+
 So the slots are taken up whatever the number of ranks, each by the rank that has its concept in its queue.
 """
 
@@ -45,8 +47,12 @@ class SlotCheckpoint(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % self.every == 0:
-            assert isinstance(pl_module, EmbeddingOptimizer)
-            _write(self.folder / f"slots-{trainer.global_rank}.safetensors", pl_module.slot_state(_adam(trainer)))
+            self.save(trainer, pl_module)
+
+    def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What this rank has under way, now."""
+        assert isinstance(pl_module, EmbeddingOptimizer)
+        _write(self.folder / f"slots-{trainer.global_rank}.safetensors", pl_module.slot_state(_adam(trainer)))
 
 
 def gather_slots(folder: Path, wanted: Collection[str]) -> None:
@@ -55,7 +61,8 @@ def gather_slots(folder: Path, wanted: Collection[str]) -> None:
     Args:
         wanted: ids of the embeddings that are missing; the others' slots are dropped.
     """
-    files = [folder / GATHERED, *sorted(folder.glob("slots-*.safetensors"))]
+    others = [*sorted(folder.glob("slots-*.safetensors")), *sorted(folder.glob("shard-*/slots*.safetensors"))]
+    files = [folder / GATHERED, *others]
     rows: dict[str, tuple[int, dict[str, torch.Tensor], dict[str, Any]]] = {}
     for path in files:
         tensors, table = _read(path) if path.exists() else ({}, [])
@@ -73,8 +80,9 @@ def gather_slots(folder: Path, wanted: Collection[str]) -> None:
 
 def forget_slots(folder: Path) -> None:
     """At the end of the stage: nothing is under way."""
-    for path in folder.glob("slots*.safetensors"):
-        path.unlink(missing_ok=True)
+    for pattern in ("slots*.safetensors", "shard-*/slots*.safetensors"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Slots:

@@ -43,7 +43,7 @@ def wandb_run(cfg: Config, folder: Path) -> Run:
         name=name,
         id=identity,
         resume="allow",
-        config={leaf.key: leaf.value for leaf in leaves(cfg)},
+        config={leaf.key: leaf.value for leaf in leaves(cfg) if not leaf.key.startswith("slurm.")},
     )
     run.define_metric("trainer/global_step")  # each stage counts its own steps from 0
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)

@@ -47,6 +47,7 @@ def check(cfg: Config, paths: bool = True) -> None:
     for name in cfg.evaluate.variants or []:
         if name not in known:
             raise ValueError(f"evaluate.variants: got {name!r}, {nearest(name, known)}")
+    _check_shard(cfg)
     if cfg.judge.max_cost is not None and None in (cfg.judge.price_in, cfg.judge.price_out):
         raise ValueError("judge.max_cost needs judge.price_in and judge.price_out: what a million tokens cost")
     if cfg.media.frames is not None and cfg.media.fps is not None:
@@ -79,6 +80,16 @@ def _check_modality(m: Model) -> None:
             f"model.blank_shape: got {m.blank_shape}, expected the shape of one {m.modality} item, channels first: "
             "model.blank_shape=[6,128]"
         )
+
+
+def _check_shard(cfg: Config) -> None:
+    shard, shards = cfg.synthesis.shard, cfg.synthesis.shards
+    if shard is None and shards > 1:
+        raise ValueError(f"synthesis.shards={shards}: say which of them this is, synthesis.shard=0 to {shards - 1}")
+    if shard is not None and shard >= shards:
+        raise ValueError(f"synthesis.shard: got {shard}, expected less than synthesis.shards, which is {shards}")
+    if shard is not None and cfg.stages != ["synthesize"]:
+        raise ValueError("synthesis.shard: a shard runs stages=[synthesize] alone; the others need the whole store")
 
 
 def check_folder_name(key: str, name: str, hint: str = "") -> None:

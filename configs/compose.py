@@ -78,8 +78,13 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = (), check_pa
 
 
 def save(cfg: Config) -> str:
-    """The configuration as YAML, everything resolved."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+    """The configuration as YAML, everything resolved. Of `slurm`, which says little in many keys, what is set."""
+    tree = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(cfg)))
+    for stage, job in list(tree.slurm.items()):
+        tree.slurm[stage] = {key: value for key, value in job.items() if value is not None}
+        if not tree.slurm[stage]:
+            del tree.slurm[stage]
+    return OmegaConf.to_yaml(tree)
 
 
 @cache

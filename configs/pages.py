@@ -35,7 +35,8 @@ options:
   -m, --multirun     run every combination of comma-separated values, one after the other
   --config-dir DIR   look for experiments and groups there too (may be repeated)
 
-exit codes: 0 done, 1 the run failed, 2 a mistake in the command or the configuration, 130 Ctrl-C, 143 terminated
+exit codes: 0 done, 1 the run failed, 2 a mistake in the command or the configuration, 130 Ctrl-C, 143 terminated,
+  75 told to stop and to be started again (SIGUSR1)
 SEAWALL_TRACEBACK=1 shows full tracebacks; they are always in run.log of the run directory
 """
 
@@ -110,6 +111,8 @@ def _keys(config: Config | None, width: int) -> list[str]:
     abouts = {f.name: f.metadata["help"] for f in fields(Config)}
     lines, section = [], ""
     for key, leaf in shown.items():
+        if key.startswith("slurm.") and not key.startswith("slurm.all."):
+            continue  # the same keys again for each stage
         head = key.split(".")[0] if "." in key else ""
         if head != section:
             section = head
@@ -121,7 +124,8 @@ def _keys(config: Config | None, width: int) -> list[str]:
             lines.append(start.rstrip())
             start = " " * 68
         lines += textwrap.wrap(about, width, initial_indent=start, subsequent_indent=" " * 68)
-    lines += ["", "  the variants and what they set otherwise:"]
+    lines += ["", "  slurm.<stage>.KEY sets the same for one stage: slurm.synthesize.array=8", ""]
+    lines += ["  the variants and what they set otherwise:"]
     for name, variant in (config or Config()).variants.items():
         plain = {leaf.key: leaf.value for leaf in leaves(AlignVariant())}
         differing = [f"{leaf.key}={_value(leaf.value)}" for leaf in leaves(variant) if plain[leaf.key] != leaf.value]

@@ -208,6 +208,8 @@ class Synthesis:
     verify: bool = doc("measure VSR by free generation", True)
     verify_max_new_tokens: int = doc("longest answer in verification (tokens)", 32, low=1)
     include_failed: bool = doc("let embeddings that failed into the alignment data", False)
+    shards: int = doc("processes that share the work, each started by itself (a SLURM array)", 1, low=1, free=True)
+    shard: int | None = doc("which of them this one is, from 0; null: the whole", low=0, free=True)
 
 
 @dataclass
@@ -597,6 +599,53 @@ class Build:
 
 
 @dataclass
+class SlurmJob:
+    """What the job of one stage asks for. null: what `slurm.all` says, and if that says nothing, the cluster's own."""
+
+    partition: str | None = doc("partition", free=True)
+    account: str | None = doc("account", free=True)
+    qos: str | None = doc("quality of service", free=True)
+    time: str | None = doc("time limit of one start, as sbatch takes it (30, 4:00:00, 1-12:00:00)", free=True)
+    nodes: int | None = doc("nodes", low=1, free=True)
+    gpus: int | None = doc("GPUs of each node", low=0, free=True)
+    tasks: int | None = doc("processes on each node; null: one for each GPU, or one", low=1, free=True)
+    cpus: int | None = doc("cores of each process", low=1, free=True)
+    mem: str | None = doc("memory of each node (64G)", free=True)
+    array: int | None = doc("synthesize: so many jobs divide the work", low=1, free=True)
+    warn: int | None = doc("seconds before the time limit at which it saves and is requeued", low=1, free=True)
+    restarts: int | None = doc("times that it may go back to the queue", low=0, free=True)
+    container: str | None = doc("image to run in", free=True)
+    runtime: str | None = doc("pyxis: srun --container-image; apptainer: apptainer exec", free=True)
+    mounts: list[str] | None = doc("folders for the container, beside code, working and run directory", free=True)
+    python: str | None = doc("interpreter; null: this one, in a container python", free=True)
+    setup: list[str] | None = doc("shell lines before the stage, e.g. [module load cuda]", free=True)
+    extra: list[str] | None = doc("more options of sbatch, e.g. [--constraint=a100]", free=True)
+
+
+def default_job() -> SlurmJob:
+    """What holds where neither the stage nor `slurm.all` says otherwise."""
+    return SlurmJob(nodes=1, gpus=0, array=1, warn=120, restarts=50, runtime="apptainer", mounts=[], setup=[], extra=[])
+
+
+@dataclass
+class Slurm:
+    """Jobs on a SLURM cluster: what `scripts/slurm/submit.py` asks for, by stage (docs/slurm.md)."""
+
+    all: SlurmJob = group(SlurmJob, "every stage", default_job)
+    pretrain_tower: SlurmJob = group(SlurmJob, "this stage")
+    pretrain_language: SlurmJob = group(SlurmJob, "this stage")
+    synthesize: SlurmJob = group(SlurmJob, "this stage")
+    encode: SlurmJob = group(SlurmJob, "this stage")
+    align: SlurmJob = group(SlurmJob, "this stage")
+    train_detector: SlurmJob = group(SlurmJob, "this stage")
+    train_detoxifier: SlurmJob = group(SlurmJob, "this stage")
+    generate_pairs: SlurmJob = group(SlurmJob, "this stage")
+    build_benchmark: SlurmJob = group(SlurmJob, "this stage")
+    export: SlurmJob = group(SlurmJob, "this stage")
+    evaluate: SlurmJob = group(SlurmJob, "this stage")
+
+
+@dataclass
 class Config:
     """The whole configuration of one run."""
 
@@ -631,3 +680,4 @@ class Config:
     export: Export = group(Export, "an adapter merged into its model")
     media: Media = group(Media, "how video and audio files are read")
     build: Build = group(Build, "media of a benchmark")
+    slurm: Slurm = group(Slurm, "jobs on a SLURM cluster, by stage (scripts/slurm/submit.py)")

@@ -115,8 +115,10 @@ class EmbeddingStore:
         shapes = {name: list(shape) for name, shape in shapes.items()}
         header = {"format": FORMAT, "model_key": model_key, "shapes": shapes, "dtype": dtype}
         path.mkdir(parents=True, exist_ok=True)
+        # Looked for first: whoever makes the store at this moment writes store.json before its journal.
+        journals = next(path.glob("index-*.jsonl"), None)
         if not (path / "store.json").exists():
-            if next(path.glob("index-*.jsonl"), None):
+            if journals:
                 raise CorruptFileError(f"{path / 'store.json'} is missing beside the journals of a store; restore it")
             write_durably(path / "store.json", json.dumps(header, indent=1).encode())
         store = cls(path, _read_header(path, header))

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
 
+from callbacks.interruption import checkpoints, last_checkpoint
 from callbacks.progress import Progress
 from callbacks.training_progress import TrainingProgress
 from configs.schema import AlignVariant, Config
@@ -138,18 +138,14 @@ def fit(
 ) -> None:
     """Trains, or continues from the last checkpoint of an interrupted attempt."""
     folder = stage.folder / "checkpoints"
-    checkpoint = ModelCheckpoint(
-        folder, filename="last", every_n_train_steps=variant.checkpoint_every_steps, enable_version_counter=False
-    )
-    callbacks = [checkpoint, TrainingProgress(name)]
+    callbacks = [*checkpoints(folder, variant.checkpoint_every_steps), TrainingProgress(name)]
     fitting = trainer(cfg, stage.folder, name, callbacks, SharedStep, max_steps=variant.steps, max_epochs=-1)
     if variant.batch_size < fitting.world_size:
         raise ValueError(
             f"variants.{name}.batch_size: got {variant.batch_size}, expected at least one example for each of "
             f"{fitting.world_size} devices"
         )
-    last = folder / "last.ckpt"
-    fitting.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    fitting.fit(module, data, ckpt_path=last_checkpoint(folder), weights_only=True)
 
 
 def export(

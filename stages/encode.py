@@ -59,7 +59,7 @@ def run(cfg: Config, run: Run) -> None:
         return
     rows, bad = sound_rows(cfg, stage)
     mllm = load(cfg.model, device_of(cfg))
-    with open_store(cfg, stage.folder, mllm) as store:
+    with open_store(cfg, run.path, mllm) as store:
         before = len(store)
         encoded, unreadable = encode(cfg, mllm, rows, store)
         bad += unreadable
@@ -83,7 +83,7 @@ def sound_rows(cfg: Config, stage: Stage) -> tuple[list[MediaRecord], list[BadRo
         stop_or_warn(cfg, row)
     lacking = [row.record for row in rows if row.record.concept is None]
     if lacking:
-        found = {r.id: r for r in saved_concepts(cfg, stage, lambda: lacking, cfg.real.path)}
+        found = {r.id: r for r in saved_concepts(cfg, stage.folder, lambda: lacking, cfg.real.path)}
         without = [r for r in lacking if r.id not in found]
         bad += [BadRow(r.source, "no concept: give phrase and kind, or see concepts_failed.json") for r in without]
         rows = [dataclasses.replace(row, record=found.get(row.record.id, row.record)) for row in rows]

@@ -1,7 +1,7 @@
 """How a run ends: one clear message and an exit code, whatever happened inside.
 
 0 done; 1 an error (the message; the traceback is in run.log, SEAWALL_TRACEBACK=1 shows it); 2 a mistaken command;
-130 Ctrl-C; 143 terminated.
+75 told to make room and to be started again (SIGUSR1); 130 Ctrl-C; 143 terminated.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from types import FrameType
 
+from callbacks.signals import EXIT_CODES
 from configs.compose import ConfigError
 from datamodules.durable import DiskFullError
 
@@ -22,7 +23,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def exit_code_of(action: Callable[[], None]) -> int:
     """Call `action`, print what went wrong if something did, and return the exit code."""
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = {signum: signal.signal(signum, _end) for signum in EXIT_CODES}
     try:
         action()
     except KeyboardInterrupt:
@@ -35,7 +36,8 @@ def exit_code_of(action: Callable[[], None]) -> int:
         print(f"error: {message(error)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for signum, handler in before.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
     return 0
 
 
@@ -48,11 +50,11 @@ def message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    # While Lightning fits, it has put its own handler before this one and stops at the end of the batch, where a
-    # checkpoint is consistent; it then raises SIGTERMException, which by itself would exit with 0.
-    if signal.getsignal(signal.SIGTERM) is _terminate:
-        raise SystemExit(143)
+def _end(signum: int, frame: FrameType | None) -> None:
+    # In a fit callbacks/interruption.py has taken the handler's place and stops after a whole batch. Between the two
+    # Lightning has its own before this one; it then raises SIGTERMException, which by itself would exit with 0.
+    if signal.getsignal(signum) is _end:
+        raise SystemExit(EXIT_CODES[signum])
 
 
 def _code_of_exit(end: SystemExit) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from callbacks.interruption import checkpoints, last_checkpoint
 from callbacks.progress import Progress
 from callbacks.training_progress import TrainingProgress
 from configs.schema import Config
@@ -90,11 +90,9 @@ def run(cfg: Config, run: Run) -> None:
             style_alone,
         )
         folder = stage.folder / "checkpoints" / name
-        checkpoint = ModelCheckpoint(folder, filename="last", every_n_train_steps=100, enable_version_counter=False)
-        callbacks = [checkpoint, TrainingProgress(name)]
+        callbacks = [*checkpoints(folder, 100), TrainingProgress(name)]
         fitting = trainer(cfg, stage.folder, name, callbacks, max_steps=module.steps, max_epochs=-1)
-        last = folder / "last.ckpt"
-        fitting.fit(module, LessonsDataModule(lessons), ckpt_path=last if last.exists() else None, weights_only=True)
+        fitting.fit(module, LessonsDataModule(lessons), ckpt_path=last_checkpoint(folder), weights_only=True)
 
     common: dict[str, Any] = {"micro_batch_size": p.language_pictures * 6, "weight_decay": 0.01}
     reading = SFTAligner(

@@ -6,9 +6,9 @@ import random
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
+from callbacks.interruption import checkpoints, last_checkpoint
 from callbacks.training_progress import TrainingProgress
 from configs.schema import Config
 from datamodules.micro_lessons import all_texts
@@ -48,8 +48,7 @@ def run(cfg: Config, run: Run) -> None:
     )
     data = StreamDataModule(medium.tower_stream(p.tower_batch_size, p.tower_steps, cfg.seed), p.num_workers)
     folder = stage.folder / "checkpoints"
-    checkpoint = ModelCheckpoint(folder, filename="last", every_n_train_steps=EVERY, enable_version_counter=False)
-    callbacks = [checkpoint, TrainingProgress("tower")]
+    callbacks = [*checkpoints(folder, EVERY), TrainingProgress("tower")]
     fitting = trainer(
         cfg,
         stage.folder,
@@ -59,8 +58,7 @@ def run(cfg: Config, run: Run) -> None:
         max_epochs=-1,
         gradient_clip_val=1.0,
     )
-    last = folder / "last.ckpt"
-    fitting.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    fitting.fit(module, data, ckpt_path=last_checkpoint(folder), weights_only=True)
     accuracy = heldout_accuracy(module, medium)
     save_file({k: v.contiguous() for k, v in module.tower.state_dict().items()}, stage.folder / "tower.safetensors")
     stage.finish({"heldout_named": accuracy})

@@ -40,6 +40,16 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
+def global_rank() -> str:
+    """A name for this process among those of its launch: its global rank, or node and place on it."""
+    env = os.environ
+    if "RANK" in env:
+        return env["RANK"]
+    if "LOCAL_RANK" in env:
+        return f"{env.get('NODE_RANK', '0')}.{env['LOCAL_RANK']}"
+    return env.get("SLURM_PROCID", "0")
+
+
 def slurm_job() -> str | None:
     """`JOB` or `ARRAY_TASK` under SLURM: the same after a requeue, unlike a time stamp."""
     env = os.environ

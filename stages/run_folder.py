@@ -1,4 +1,9 @@
-"""Where a run lives, and the lock that keeps it to one process."""
+"""Where a run lives, and the locks that keep it to one process, or to the shards of one synthesis.
+
+.lock              exclusive: one process for the whole run; shared: shards (stages/synthesis_shard.py)
+.lock-<shard>      exclusive: one process for each shard
+.lock-turn         exclusive, for a moment: a shard that reads or writes what all of them share
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ import fcntl
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from configs.check import check_folder_name
@@ -15,6 +22,9 @@ from datamodules.durable import sync_folder
 from stages import ranks
 
 log = logging.getLogger(__name__)
+
+REQUEUED_WAITS = 120.0
+"""How long (s) a requeued job waits for the lock: a file server may keep that of a dead machine so long."""
 
 _open_here: set[Path] = set()
 
@@ -43,30 +53,86 @@ def choose(cfg: Config, leader: bool) -> Path:
     raise ValueError(f"{base}: 999 runs began in this second; set run=NAME")
 
 
-def lock(path: Path) -> int:
-    """Take the folder for this process; a POSIX lock, which ends with the process and is not inherited by forks."""
-    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+def lock(path: Path, shard: str | None = None) -> list[int]:
+    """Take the folder, or one shard of it, for this process; returns open files for `unlock`.
+
+    POSIX locks, which end with the process and are not inherited by forks.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    if path in _open_here:
+        raise ValueError(f"{path}: in use by process {os.getpid()}, this one; close the run first")
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    patience = REQUEUED_WAITS if requeued else 10.0 if shard else 0.0  # `shards_at_work` takes a lock for a moment
+    who = f"process {os.getpid()} on {os.uname().nodename}"
+    handles = [_locked(path, path / ".lock", fcntl.LOCK_SH if shard else fcntl.LOCK_EX, patience)]
     try:
-        if path in _open_here:
-            raise BlockingIOError
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        owner = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
-        if path not in _open_here:  # closing any handle of this file would drop this process's own lock on it
-            os.close(handle)
-        raise ValueError(f"{path}: in use by {owner}; wait for it, end it, or take another run=NAME") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        log.warning("%s: this file system has no locks; do not start two processes here", path)
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+        if shard:
+            handles.append(_locked(path, path / f".lock-{shard}", fcntl.LOCK_EX, patience))
+            who = f"{shard}, {who}"
+    except BaseException:
+        os.close(handles[0])
+        raise
+    for handle in handles:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, who.encode(), 0)
     _open_here.add(path)
     sync_folder(path)
+    return handles
+
+
+def unlock(path: Path, handles: list[int]) -> None:
+    """Give the folder back."""
+    _open_here.discard(path)
+    for handle in handles:
+        os.close(handle)
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """While this lasts, other shards wait for their turn."""
+    handle = os.open(path / ".lock-turn", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not _try(handle, fcntl.LOCK_EX):
+            log.info("waits while another shard prepares or ends the stage")
+            fcntl.lockf(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def shards_at_work(path: Path, but: str) -> list[str]:
+    """Names of the other shards that are open in some process now."""
+    found = []
+    for file in sorted(path.glob(".lock-shard-*")):
+        if (name := file.name.removeprefix(".lock-")) != but:
+            handle = os.open(file, os.O_RDWR)
+            if not _try(handle, fcntl.LOCK_EX):
+                found.append(name)
+            os.close(handle)
+    return found
+
+
+def _locked(path: Path, file: Path, kind: int, patience: float) -> int:
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    until = time.monotonic() + patience
+    while not _try(handle, kind):
+        if time.monotonic() > until:
+            owner = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            raise ValueError(f"{path}: in use by {owner}; wait for it, end it, or take another run=NAME")
+        time.sleep(0.5)
     return handle
 
 
-def unlock(path: Path, handle: int) -> None:
-    """Give the folder back."""
-    _open_here.discard(path)
-    os.close(handle)
+def _try(handle: int, kind: int) -> bool:
+    try:
+        fcntl.lockf(handle, kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        log.warning("this file system has no locks; do not start two processes in one run directory")
+    return True

@@ -23,6 +23,7 @@ class RunLog:
     """Handlers on the root logger from construction to `close`."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._file = logging.FileHandler(path, encoding="utf-8")
         self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._terminal = _Terminal()

@@ -12,7 +12,8 @@
     stage.finish({"loss": 0.01})
 
 Every JSON file is complete or absent whatever happens (`datamodules.durable`), so kill -9 costs at most the work since
-the stage's own last checkpoint. One process works in a run directory at a time: the lock dies with its process.
+the stage's own last checkpoint. One process works in a run directory at a time: the lock dies with its process. The
+exception are the shards of a synthesis (stages/synthesis_shard.py), one process for each.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import shlex
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,23 +77,24 @@ class Run:
             ValueError: the name is no folder name, or another process works there.
         """
         self.cfg = cfg
+        self.shard = shard_name(cfg)
         self.leader = ranks.is_leader()
         self.session = ranks.session()
         self.path = run_folder.choose(cfg, self.leader)
         self._command, self._choices = list(command), dict(choices or {})
         self._accepted = False
         self._log: RunLog | None = None
-        self._lock = -1
+        self._lock: list[int] = []
         if not self.leader:
             console.quiet = True
             ranks.end_with_leader()
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = run_folder.lock(self.path)
+        self._lock = run_folder.lock(self.path, self.shard)
         try:
             os.environ |= {ranks.RUN_DIR: str(self.path), ranks.SESSION: self.session, ranks.LEADER: str(os.getpid())}
-            self._log = RunLog(self.path / "run.log")
-            for left_over in self.path.glob(".old-*"):
+            self._log = RunLog(self.path / (f"run-{self.shard}.log" if self.shard else "run.log"))
+            for left_over in [] if self.shard else self.path.glob(".old-*"):
                 shutil.rmtree(left_over)
         except BaseException:
             self.close()
@@ -104,7 +107,8 @@ class Run:
         if error is not None and self.leader:
             if isinstance(error, Exception):
                 file_only.error("failed", exc_info=error)
-                log.info("full traceback: %s", self.path / "run.log")
+                assert self._log is not None
+                log.info("full traceback: %s", self._log.path)
             if self._accepted:
                 log.info("to go on where it stopped: %s", self.resume_command)
         self.close()
@@ -120,11 +124,28 @@ class Run:
         if self._log is not None:
             self._log.close()
             self._log = None
-        if self._lock >= 0:
+        if self._lock:
             for name in (ranks.RUN_DIR, ranks.SESSION, ranks.LEADER):
                 os.environ.pop(name, None)
             run_folder.unlock(self.path, self._lock)
-            self._lock = -1
+            self._lock = []
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """What shards share is opened, made and finished by one of them at a time. Not for other runs' processes.
+
+        Raises:
+            ValueError: shards of another division are at work here.
+        """
+        assert self.shard is not None
+        with run_folder.turn(self.path):
+            of = self.shard.rpartition("-")[2]
+            if other := [s for s in run_folder.shards_at_work(self.path, self.shard) if s.rpartition("-")[2] != of]:
+                raise ValueError(
+                    f"{self.path}: {other[0]} is at work here, and this is {self.shard}: wait for all shards of one "
+                    "division to end before you begin another (synthesis.shards)"
+                )
+            yield
 
     def settings(self, *prefixes: str) -> dict[str, Any]:
         """The keys at and below `prefixes` (`"model"`, `"variants.sea_sft"`) with their values, but no `free` ones."""
@@ -207,12 +228,15 @@ class Run:
     def _accept(self) -> None:
         """Once the first stage agreed to the configuration, it is the run's own."""
         if not self._accepted:
-            write_durably(self.path / "config.yaml", save(self.cfg).encode())
+            synthesis = replace(self.cfg.synthesis, shard=None, shards=1)  # the file is the whole run's
+            write_durably(self.path / "config.yaml", save(replace(self.cfg, synthesis=synthesis)).encode())
             begin_manifest(self.path / "manifest.json", self.cfg, self._choices, self._command)
             self._accepted = True
 
     def _discard(self, folder: Path) -> None:
         """Renamed first: a stage folder is never half deleted, whenever the process dies."""
+        if self.shard and (other := run_folder.shards_at_work(self.path, self.shard)):
+            raise ValueError(f"{folder}: {', '.join(other)} at work there; end them before it is made anew")
         grave = self.path / f".old-{uuid.uuid4().hex}"
         folder.rename(grave)
         shutil.rmtree(grave)
@@ -263,6 +287,12 @@ class Run:
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
         write_json(self.path / name / "stage.json", record)
+
+
+def shard_name(cfg: Config) -> str | None:
+    """`shard-2-of-8` where this process is the third of eight that synthesise, else None."""
+    s = cfg.synthesis
+    return None if s.shard is None else f"shard-{s.shard}-of-{s.shards}"
 
 
 def read_record(run_dir: Path, name: str) -> dict[str, Any] | None:

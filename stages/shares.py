@@ -3,6 +3,8 @@
 The leader writes down which embeddings are missing (`plan.json`); of these, rank r of n takes every n-th from the r-th.
 So each is on exactly one rank, whatever the number of ranks and however far an earlier launch with another number came.
 Each rank leaves a `part-<rank>.json` when it is done: the one moment when somebody (the leader) waits for others.
+A shard (stages/synthesis_shard.py) divides its records among its own ranks in the same way, in a folder of its own;
+whoever reads figures reads those of the shards as well.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from datamodules.embedding_store import EmbeddingStore
 from datamodules.records import Record
 from stages.ranks import wait_for
 from stages.runs import write_json
+
+CURVE = "loss_by_age.json"
 
 
 @dataclass(frozen=True)
@@ -87,21 +91,38 @@ def keep_figures(folder: Path, parts: Sequence[Part]) -> None:
             "ranks": len(parts),
             "peak_memory_mb": max(part.peak_memory_mb for part in parts),
         }
-        write_json(folder / "speed.json", [*read_speed(folder), speed])
+        write_json(folder / "speed.json", [*_read_rows(folder / "speed.json"), speed])
         curve: dict[int, list[float]] = {}
         for part in parts:
             for age, (total, n) in part.loss_by_age.items():
                 known = curve.setdefault(int(age), [0.0, 0.0])  # a key of JSON is a text
                 known[0], known[1] = known[0] + total, known[1] + n
         rows = [[age, total / n, n] for age, (total, n) in sorted(curve.items())]
-        write_json(folder / "loss_by_age.json", {"columns": ["steps", "mean loss", "embeddings"], "rows": rows})
+        write_json(folder / CURVE, {"columns": ["steps", "mean loss", "embeddings"], "rows": rows})
     for path in folder.glob("part-*.json"):  # the plan stays: a rank that starts late must still find it
         path.unlink(missing_ok=True)
 
 
 def read_speed(folder: Path) -> list[dict[str, float]]:
-    """Seconds and embeddings of every launch that came to its end."""
-    path = folder / "speed.json"
+    """Seconds and embeddings of every launch that came to its end, those of shards included."""
+    return [row for path in _with_shards(folder, "speed.json") for row in _read_rows(path)]
+
+
+def read_curve(folder: Path) -> list[tuple[int, float, float]]:
+    """(steps, mean loss, embeddings that it is the mean of) of the last launch, or of the last of every shard."""
+    curve: dict[int, list[float]] = {}
+    for path in _with_shards(folder, CURVE):
+        for age, mean, n in json.loads(path.read_text())["rows"] if path.exists() else []:
+            known = curve.setdefault(age, [0.0, 0.0])
+            known[0], known[1] = known[0] + mean * n, known[1] + n
+    return [(age, total / n, n) for age, (total, n) in sorted(curve.items())]
+
+
+def _with_shards(folder: Path, file: str) -> list[Path]:
+    return [folder / file, *sorted(folder.glob(f"shard-*/{file}"))]
+
+
+def _read_rows(path: Path) -> list[dict[str, float]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 

@@ -1,7 +1,8 @@
 """Stage `synthesize`: text safety records -> concepts -> control samples -> one optimised embedding each -> store.
 
 What is in the store is never computed again: an interrupted stage goes on with the concepts that are missing. Several
-devices divide the concepts (stages/shares.py); they share the store and nothing else.
+devices divide the concepts (stages/shares.py); they share the store and nothing else. Several jobs can, too, each with
+`synthesis.shard` (stages/synthesis_shard.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, cast
 
 import lightning as L
 
+from callbacks.interruption import StopWhenTold
 from callbacks.progress import Progress
 from callbacks.slot_checkpoint import SlotCheckpoint, forget_slots, gather_slots
 from callbacks.store_embeddings import StoreEmbeddings
@@ -44,6 +46,7 @@ from stages.shares import (
     leave_part,
     make_plan,
     publish,
+    read_curve,
     read_speed,
 )
 from stages.strategies import SeparateRanks
@@ -71,14 +74,19 @@ def settings(run: Run) -> dict[str, Any]:
 
 def run(cfg: Config, run: Run) -> None:
     """Raises ValueError for an empty data set, a wrong model or a damaged store; OSError when the disk is full."""
+    if run.shard:
+        from stages.synthesis_shard import run_shard  # it is made of the parts below
+
+        run_shard(cfg, run, run.shard)
+        return
     stage = run.stage("synthesize", settings(run))
     if stage.done:
         return
     L.seed_everything(cfg.seed, verbose=False)
     mllm = load(cfg.model, device_of(cfg))
     plan = None if run.leader else await_plan(stage.folder, run.session)
-    records = saved_concepts(cfg, stage, lambda: text_records(cfg), f"data.path={cfg.data.path}")
-    with open_store(cfg, stage.folder, mllm) as store:
+    records = saved_concepts(cfg, stage.folder, lambda: text_records(cfg), f"data.path={cfg.data.path}")
+    with open_store(cfg, run.path, mllm) as store:
         if cfg.store.path is not None:
             check_settings(run, records, store)
         if plan is None:
@@ -88,13 +96,18 @@ def run(cfg: Config, run: Run) -> None:
         parts = work(cfg, run, stage, mllm, records, store, plan) if plan.missing or plan.unverified else []
         if run.leader:
             keep_figures(stage.folder, parts)
-            forget_slots(stage.folder)
-            store.verify()
-            result = summary(stage, records, store)
-            log.info("%s", told(result["summary"]))
-            stage.finish(result)
+            complete(stage, records, store)
     if not run.leader:
         stage.finish()
+
+
+def complete(stage: Stage, records: Sequence[Record], store: EmbeddingStore) -> None:
+    """Ends the stage: everything is in the store."""
+    forget_slots(stage.folder)
+    store.verify()
+    result = summary(stage, records, store)
+    log.info("%s", told(result["summary"]))
+    stage.finish(result)
 
 
 def text_records(cfg: Config) -> list[Record]:
@@ -102,15 +115,15 @@ def text_records(cfg: Config) -> list[Record]:
     return safety_records(cfg.data, cfg.seed, cfg.synthesis.harmful, cfg.synthesis.harmless)
 
 
-def saved_concepts(cfg: Config, stage: Stage, read: Callable[[], Sequence[Record]], origin: str) -> list[Record]:
+def saved_concepts(cfg: Config, folder: Path, read: Callable[[], Sequence[Record]], origin: str) -> list[Record]:
     """Records with concepts, from concepts.jsonl if an earlier process got that far. `origin` names them in errors."""
-    path = stage.folder / "concepts.jsonl"
+    path = folder / "concepts.jsonl"
     if path.exists():
         return read_records(path)
     records = read()
     with Progress("concepts", len(records), "records") as progress:
         found = with_concepts(records, cfg.concepts, progress.advance, str(device_of(cfg)))
-    failures = stage.folder / "concepts_failed.json"
+    failures = folder / "concepts_failed.json"
     write_json(failures, [dataclasses.asdict(f) for f in found.failures])
     if not found.records:
         raise ValueError(f"{origin}: none of {len(records)} records yielded a concept; the reasons are in {failures}")
@@ -126,8 +139,8 @@ def store_path(cfg: Config, run_path: Path) -> Path:
     return Path(cfg.store.path).expanduser() if cfg.store.path else run_path / "synthesize" / "store"
 
 
-def open_store(cfg: Config, folder: Path, mllm: MLLM) -> EmbeddingStore:
-    return EmbeddingStore.create_or_open(store_path(cfg, folder.parent), mllm.key, mllm.shapes, cfg.store.dtype)
+def open_store(cfg: Config, run_path: Path, mllm: MLLM, writer: str | None = None) -> EmbeddingStore:
+    return EmbeddingStore.create_or_open(store_path(cfg, run_path), mllm.key, mllm.shapes, cfg.store.dtype, writer)
 
 
 def work(
@@ -138,11 +151,12 @@ def work(
     keep = StoreEmbeddings(store, cfg.model.path, cfg.model.revision, settings_hash(run))
     resume = SlotCheckpoint(stage.folder, cfg.synthesis.checkpoint_every_steps)
     once: dict[str, Any] = {"max_epochs": 1, "enable_checkpointing": False}
-    fit = trainer(cfg, stage.folder, "synthesize", [resume, keep], SeparateRanks, **once)
+    callbacks = [resume, keep, StopWhenTold(resume.save)]
+    fit = trainer(cfg, stage.folder, "synthesize", callbacks, SeparateRanks, **once)
     rank, world = fit.global_rank, fit.world_size
     missing, unverified = plan.share(rank, world)
     before = len(records) - len(plan.missing)
-    title = "synthesize" if world == 1 else f"synthesize, rank {rank} of {world}"
+    title = stage.name if world == 1 else f"{stage.name}, rank {rank} of {world}"
     fit.callbacks.append(SynthesisProgress(title, before, before + len(missing)))  # type: ignore[attr-defined]
     began = time.perf_counter()
     module = optimizer(cfg, mllm, [by_id[id] for id in missing])
@@ -240,11 +254,8 @@ def told(result: dict[str, Any]) -> str:
 
 def loss_curve(run_path: Path) -> tuple[list[int], list[float], list[float]] | None:
     """Mean loss by age, of the last attempt: (steps, losses, how many embeddings each is the mean of)."""
-    path = run_path / "synthesize" / "loss_by_age.json"
-    if not path.exists():
-        return None
-    rows = json.loads(path.read_text())["rows"]
-    return [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
+    rows = read_curve(run_path / "synthesize")
+    return ([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]) if rows else None
 
 
 def settings_hash(run: Run) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from callbacks.interruption import checkpoints, last_checkpoint
 from callbacks.training_progress import TrainingProgress
 from configs.schema import Config, Lora
 from datamodules.micro_pairs import micro_parts
@@ -104,19 +104,17 @@ def fit(
     names what is learned from, where the stage's settings do not; checkpoints of other data are not gone on from.
     """
     folder = stage.folder / "checkpoints" / part.replace(" ", "_") / learned
-    checkpoint = ModelCheckpoint(folder, filename="last", every_n_train_steps=every, enable_version_counter=False)
     fitting = trainer(
         cfg,
         stage.folder,
         stage.name,
-        [checkpoint, TrainingProgress(part or stage.name)],
+        [*checkpoints(folder, every), TrainingProgress(part or stage.name)],
         logged=not part,
         max_steps=steps,
         max_epochs=-1,
         gradient_clip_val=clip or None,
     )
-    last = folder / "last.ckpt"
-    fitting.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    fitting.fit(module, data, ckpt_path=last_checkpoint(folder), weights_only=True)
 
 
 def export(model: nn.Module, tokenizer: Any, folder: Path, base: str, full: bool) -> None:

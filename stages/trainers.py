@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -101,8 +102,17 @@ def loggers(cfg: Config, folder: Path, name: str) -> list[Logger]:
         made.append(TensorBoardLogger(folder, name="", version="tensorboard"))
     if cfg.logger.wandb:
         run = folder.parent if folder.parent.name != "align" else folder.parent.parent
+        if "shard-" in folder.name:  # jobs of their own, at the same time: each is a W&B run of its own
+            run = folder
         made.append(StageLogger(experiment=wandb_run(cfg, run) if ranks.is_leader() else None, prefix=name))
     return made
+
+
+def launched_by() -> list[ClusterEnvironment]:
+    """SLURM, without Lightning's own requeueing: callbacks/interruption.py and the job's script see to that."""
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    return [SLURMEnvironment(auto_requeue=False)]
 
 
 def trainer(
@@ -138,7 +148,7 @@ def trainer(
         log_every_n_steps=t.log_every_n_steps,
         logger=loggers(cfg, folder, name) if logged else False,
         callbacks=[*callbacks, *([Throughput()] if cfg.callbacks.throughput else [])],
-        plugins=[AtomicCheckpoints()],
+        plugins=[AtomicCheckpoints(), *launched_by()],
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,

@@ -37,7 +37,7 @@ sys.exit(exit_code_of(action))
     return subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
 def test_signal_ends_with_its_code_and_the_command_that_resumes(
     sent: signal.Signals, code: int, tmp_path: Path
 ) -> None:
