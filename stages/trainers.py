@@ -132,12 +132,17 @@ def trainer(
         logged: with the loggers of the configuration.
         precision: in place of `trainer.precision`.
         arguments: go to `lightning.Trainer` as they are (max_steps, max_epochs, ...).
+
+    Raises:
+        ValueError: a stage that shards nothing is asked to.
     """
     quieten()
     t = cfg.trainer
     several = (t.devices not in (1, "1") or t.num_nodes > 1) and t.strategy in ("auto", "ddp")
     if t.strategy == "fsdp2":  # also on one device, where it can be tried
-        together, several = ShardedStep if together in (None, SharedStep) else together, True
+        if together is None:
+            raise ValueError(f"trainer.strategy=fsdp2: {name} is not trained in shards; take trainer=ddp")
+        together, several = ShardedStep if together is SharedStep else together, True
     return L.Trainer(
         accelerator=t.accelerator,
         devices=t.devices,

@@ -212,6 +212,12 @@ def test_sharded_full_fine_tuning_equals_that_of_one_device_and_one_goes_on_wher
     assert all(torch.equal(again[k], v) for k, v in weights[1].items())
 
 
+def test_what_is_not_trained_in_shards_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["experiment=harm_detector_micro", f"run_dir={tmp_path / 'run'}", "trainer=fsdp2", "trainer.devices=1"]
+    assert train.main([*words, "logger.tensorboard=false", "trainer.accelerator=cpu"]) == 1
+    assert "train_detector is not trained in shards; take trainer=ddp" in capsys.readouterr().err
+
+
 def test_a_merged_checkpoint_answers_as_model_and_adapter_do(one: Path, tmp_path: Path) -> None:
     run = copied(one, tmp_path / "run")
     few = ["align.variants=[text_sft]", "variants.text_sft.steps=3", "variants.text_sft.merge=true"]
