@@ -410,7 +410,7 @@ class Evaluate:
 
     benchmarks: list[str] = doc("which benchmarks", ["micro"], choices=tuple(BENCHMARKS))
     variants: list[str] | None = doc("what to evaluate; null: base, all of align.variants, all of evaluate.adapters")
-    limit: int | None = doc("prompts of each benchmark, drawn by the seed; null takes all", low=1)
+    limit: int | None = doc("prompts of each task and kind of request, evenly spread; null takes all", low=1)
     batch_size: int = doc("prompts at once", 64, low=1, free=True)
     max_new_tokens: int = doc("longest answer (tokens)", 64, low=1)
     system_prompt: str | None = doc("system message in place of model.system_prompt")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tokenize
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,9 @@ def _header(data: bytes, name: Path) -> tuple[tuple[int, ...], np.dtype, int]:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-    except (ValueError, TypeError, SyntaxError, struct.error, MemoryError, RecursionError) as error:
+    except (
+        ValueError, TypeError, SyntaxError, tokenize.TokenError, struct.error, MemoryError, RecursionError,
+    ) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{name}: cannot be read as a .npy file ({reason}); make it with numpy.save") from error
     return shape, dtype, file.tell()

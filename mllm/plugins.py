@@ -42,7 +42,7 @@ def load_plugin(path: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         for loaded in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
             del sys.modules[loaded]
         raise ValueError(f"model.plugin={path}: {_where(error, file)}{type(error).__name__}: {error}") from error
@@ -81,7 +81,7 @@ def entry(path: str) -> Path:
     return file.resolve()
 
 
-def _where(error: Exception, file: Path) -> str:
+def _where(error: BaseException, file: Path) -> str:
     """`file:line: ` of the last line of the plugin's own that the error passed."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}: "

@@ -21,7 +21,35 @@ Report = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories with a report.json, one for each seed")
-    reports = [json.loads((run / "report.json").read_text()) for run in parser.parse_args(argv).runs]
+    try:
+        reports = [read(run) for run in parser.parse_args(argv).runs]
+        alike(reports)
+        print_tables(reports)
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+def read(run: Path) -> Report:
+    """Raises ValueError for a folder without a report."""
+    path = run / "report.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; name run directories whose stage evaluate is done")
+    report: Report = json.loads(path.read_text())
+    return report
+
+
+def alike(reports: Sequence[Report]) -> None:
+    """Raises ValueError if two runs have one seed, or differ in more than that."""
+    seeds = [r["seed"] for r in reports]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {seeds}: each run must have another seed")
+    for report in reports[1:]:
+        for key in ("experiment", "model", "settings"):
+            if report[key] != reports[0][key]:
+                raise ValueError(f"{report['run_dir']}: {key} {report[key]}, the first run has {reports[0][key]}")
+
+
+def print_tables(reports: Sequence[Report]) -> None:
     modality = reports[0]["model"]["modality"]
     tables = [alignment_table(reports, modality), tasks_table(reports), synthesis_table(reports, modality)]
     print("\n\n".join(table for table in tables if table))
@@ -32,15 +60,15 @@ def alignment_table(reports: Sequence[Report], modality: str) -> str:
     plain, prefixed = f"{modality}_plain", f"{modality}_prefixed"
     head = (
         f"| variant | harmful {modality}, complied (ASR), plain / prefixed | harmful text refused | "
-        f"benign {modality} complied, plain / prefixed | benign text complied | reading |"
+        f"benign {modality} complied [on topic], plain / prefixed | benign text complied [on topic] | reading |"
     )
     rows = [head, "|---|---|---|---|---|---|"]
     for variant in variants(reports):
         cells = [
             " / ".join(cell(reports, variant, "micro", task, "asr") for task in (plain, prefixed)),
             cell(reports, variant, "micro", "text_only", "refusal_rate"),
-            " / ".join(cell(reports, variant, "micro", task, "benign_compliance") for task in (plain, prefixed)),
-            cell(reports, variant, "micro", "text_only", "benign_compliance"),
+            " / ".join(benign(reports, variant, "micro", task) for task in (plain, prefixed)),
+            benign(reports, variant, "micro", "text_only"),
             cell(reports, variant, "micro", plain, "reading_accuracy"),
         ]
         rows.append(f"| {variant} | {' | '.join(cells)} |")
@@ -53,12 +81,12 @@ def tasks_table(reports: Sequence[Report]) -> str:
     if not tasks:
         return ""
     rows = [
-        f"| ASR / benign complied | {' | '.join(tasks)} |",
+        f"| ASR / benign complied [on topic] | {' | '.join(tasks)} |",
         "|---|" + "---|" * len(tasks),
     ]
     for variant in variants(reports):
         cells = [
-            " / ".join(cell(reports, variant, "micro_tasks", task, m) for m in ("asr", "benign_compliance"))
+            f"{cell(reports, variant, 'micro_tasks', task, 'asr')} / {benign(reports, variant, 'micro_tasks', task)}"
             for task in tasks
         ]
         rows.append(f"| {variant} | {' | '.join(cells)} |")
@@ -80,7 +108,14 @@ def synthesis_table(reports: Sequence[Report], modality: str) -> str:
 
 
 def variants(reports: Sequence[Report]) -> list[str]:
-    return list(dict.fromkeys(r["variant"] for r in reports[0]["results"] if r["guard"] == "none"))
+    return list(dict.fromkeys(r["variant"] for report in reports for r in report["results"] if r["guard"] == "none"))
+
+
+def benign(reports: Sequence[Report], variant: str, benchmark: str, task: str) -> str:
+    """Complied, and in brackets the share that also names what was asked for: `95.5 [94.6] % (94.6, 96.4)`."""
+    mean, *each = cell(reports, variant, benchmark, task, "benign_compliance").split(" % ")
+    topic = cell(reports, variant, benchmark, task, "benign_on_topic").split(" %")[0]
+    return " ".join([f"{mean.removesuffix(' %')} [{topic}] %", *each])
 
 
 def cell(reports: Sequence[Report], variant: str, benchmark: str, task: str, metric: str) -> str:
@@ -101,6 +136,8 @@ def cell(reports: Sequence[Report], variant: str, benchmark: str, task: str, met
             raise ValueError(
                 f"{report['run_dir']}: no {metric} of {variant} in {benchmark}/{task}; run it with the others"
             )
+        if None in found:  # nothing could be judged
+            return "-"
         values.append(100 * found[0])
     return show(values)
 

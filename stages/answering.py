@@ -1,14 +1,15 @@
 """Every variant answers every prompt, on as many devices as there are; each prompt once.
 
 The leader writes down what has no answer yet (`todo.json`). Rank 0 appends to the variant's own file, every other rank
-to a file of its own (`<variant>.rank-<n>`), which the leader takes in when all are done, or at the next launch if this
-one is cut off. Each rank says that it is done (`part-<rank>.json`): the one moment when somebody waits.
+to a file of its own (`rank-<n>/<variant>.jsonl`), which the leader takes in when all are done, or at the next launch if
+this one is cut off. Each rank says that it is done (`part-<rank>.json`): the one moment when somebody waits.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,13 @@ def answer_all(
     Args:
         trained: run directory that has the variants' adapters.
         logs: variant -> its file.
+
+    Raises:
+        ValueError: prompts are left without an answer.
     """
     if run.leader:
+        for stale in stage.folder.glob("part-*.json"):
+            stale.unlink()
         for log in logs.values():
             take_in(log, prompts)
         ids = {variant: [p.id for p in log.todo(prompts)] for variant, log in logs.items()}
@@ -67,8 +73,12 @@ def answer_all(
         path = stage.folder / f"part-{other}.json"
         wait_for(lambda path=path: _of_session(path, run.session), f"rank {other}")  # type: ignore[misc]
         path.unlink()
-    for log in logs.values():
+    for variant, log in logs.items():
         take_in(log, prompts)
+        if left := log.todo(prompts):
+            raise ValueError(f"{variant}: {len(left)} prompts have no answer ({left[0].id}, ...); start the run again")
+    for folder in stage.folder.glob("rank-*"):
+        shutil.rmtree(folder)
 
 
 def generate(
@@ -103,7 +113,7 @@ def generate(
 def take_in(generations: GenerationLog, prompts: Sequence[BenchmarkPrompt]) -> None:
     """Moves the answers of other ranks into the variant's file."""
     by_id = {p.id: p for p in prompts}
-    for path in sorted(generations.path.parent.glob(_own(generations.path, "*").name)):
+    for path in sorted(generations.path.parent.glob(f"rank-*/{generations.path.name}")):
         rows = [row for row in GenerationLog(path, generations.variant).rows() if row.id in by_id]
         missing = {p.id for p in generations.todo(prompts)}
         new = [row for row in rows if row.id in missing]
@@ -130,8 +140,8 @@ def adapted(mllm: MLLM, path: Path, variant: str) -> torch.nn.Module:
     return tuned.to(mllm.model.device).eval()
 
 
-def _own(path: Path, rank: int | str) -> Path:
-    return path.with_name(f"{path.stem}.rank-{rank}")
+def _own(path: Path, rank: int) -> Path:
+    return path.parent / f"rank-{rank}" / path.name
 
 
 def _of_session(path: Path, session: str) -> dict[str, Any] | None:

@@ -163,6 +163,8 @@ def content_hash(cfg: Config, mllm: MLLM, rules: MediaRules, data: bytes) -> str
     how: list[Any] = [mllm.key, cfg.model.processor, cfg.model.dtype, rules.size or False]
     if rules.modality != "image":  # a picture's hash stays what it was before there were other media
         how += [rules.frames, rules.fps, rules.sample_rate, rules.samples]
+    if rules.cut_seconds is not None or cfg.model.pad_seconds is not None:
+        how.append([rules.cut_seconds, cfg.model.pad_seconds])
     if cfg.model.plugin:  # it may hold the processor and the encoder
         how.append(source_hash(cfg.model.plugin))
     return hashlib.sha256(json.dumps(how, sort_keys=True).encode() + data).hexdigest()[:16]

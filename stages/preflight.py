@@ -17,7 +17,7 @@ from datamodules.raw_rows import read_rows
 from datamodules.records import Record
 from datamodules.sources import safety_records, text_safety_data
 from mllm.plugins import load_plugin
-from stages.benchmark_prompts import benchmark_prompts
+from stages.benchmark_prompts import benchmark_prompts, check_drawn
 from stages.runs import read_record
 from stages.trainers import device_of
 
@@ -39,6 +39,8 @@ def preflight(cfg: Config) -> None:
             load_plugin(cfg.model.plugin)
         if "evaluate" in cfg.stages and any(BENCHMARKS[name] for name in cfg.evaluate.benchmarks):
             benchmark_prompts(cfg)  # opens no medium
+        elif "evaluate" in cfg.stages:
+            check_drawn(cfg)
     except ConfigError:
         raise
     except ValueError as error:

@@ -169,8 +169,8 @@ class Run:
             name: folder below the run directory, `synthesize` or nested `align/sea_sft`.
             made_from: JSON values that decide the result, by dotted key; usually `run.settings(...)`.
             after: stages whose output this one reads. If one of them was redone, this one is redone too.
-            parts: stage of `after` -> the one file in the folder that was made from it. Where only such stages were
-                redone, only their files go, and the stage is resumed.
+            parts: stage of `after` -> name of the files that were made from it, at any depth in the folder. Where only
+                such stages were redone, only their files go, and the stage is resumed.
 
         Raises:
             ValueError: the folder was made from something else (names the keys), or a stage in `after` is not done.
@@ -185,7 +185,7 @@ class Run:
         record = self._read(name)
         state: State = "new"
         if record is not None:
-            changed = difference(record["made_from"], made_from)
+            changed = difference(with_defaults(record["made_from"], made_from), made_from)
             redone = [up for up, identity in before.items() if record["after"].get(up) != identity]
             if record["status"] != "done" and not any(p.name != "stage.json" for p in folder.iterdir()):
                 changed, redone = {}, []  # an attempt that left nothing: there is nothing that could not fit
@@ -194,7 +194,8 @@ class Run:
             if redone and not changed and set(redone) <= set(parts or {}):
                 log.info("%s goes on, what was made from %s anew", name, ", ".join(redone))
                 for up in redone:  # gone before the new `after` is written: a kill in between does this once more
-                    (folder / (parts or {})[up]).unlink(missing_ok=True)
+                    for made in folder.rglob((parts or {})[up]):
+                        made.unlink()
                 state = "resume"
             elif changed or redone:
                 log.info("%s is made anew: %s changed", name, ", ".join([*changed, *redone]))
@@ -310,6 +311,14 @@ def read_record(run_dir: Path, name: str) -> dict[str, Any] | None:
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, whole or not at all. Raises ValueError for NaN, DiskFullError (with the name)."""
     write_durably(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def with_defaults(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage was made from, with the defaults of keys that are younger than it: a new key's default is what was
+    done before there was one."""
+    known = {leaf.key: leaf.value for leaf in leaves(Config())}
+    younger = {key: known[key] for key in now if key not in recorded and key in known}
+    return {**json.loads(json.dumps(younger)), **recorded}
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
