@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from configs.compose import compose
 from datamodules.benchmark_prompts import BenchmarkPrompt
 from evaluation.rows import GenerationLog
 from stages.answering import take_in
 from stages.runs import Run, with_defaults
-from tests.micro import config
 
 
 def prompts(n: int) -> list[BenchmarkPrompt]:
@@ -35,8 +35,8 @@ def test_answers_of_other_ranks_are_taken_in_once_and_only_what_is_missing(tmp_p
 
 
 def test_a_variant_that_was_trained_again_loses_the_answers_of_all_ranks(tmp_path: Path) -> None:
-    cfg = config("sea_image", f"run_dir={tmp_path / 'run'}")
-    with Run(cfg) as run:
+    place = f"run_dir={tmp_path / 'run'}"
+    with Run(compose(["experiment=sea_image", place]).config) as run:
         run.stage("align/a", {"x": 1}).finish()
         run.stage("align/b", {"x": 1}).finish()
         parts = {"align/a": "a.jsonl", "align/b": "b.jsonl"}
@@ -44,7 +44,7 @@ def test_a_variant_that_was_trained_again_loses_the_answers_of_all_ranks(tmp_pat
         for name in ("a", "b"):
             written(stage.folder / f"{name}.jsonl", name, prompts(1), "old")
             written(stage.folder / "rank-1" / f"{name}.jsonl", name, prompts(2)[1:], "old")
-    with Run(config("sea_image", f"run_dir={tmp_path / 'run'}", "overwrite=true")) as run:
+    with Run(compose(["experiment=sea_image", place, "overwrite=true"]).config) as run:
         run.stage("align/a", {"x": 2}).finish()
         stage = run.stage("evaluate/generations", {"y": 1}, list(parts), parts)
         assert sorted(str(p.relative_to(stage.folder)) for p in stage.folder.rglob("*.jsonl")) == [
