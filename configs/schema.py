@@ -415,6 +415,9 @@ class Evaluate:
     max_new_tokens: int = doc("longest answer (tokens)", 64, low=1)
     system_prompt: str | None = doc("system message in place of model.system_prompt")
     figstep: str = doc("folder of FigStep (safebench.csv, images/)", "../shared/data/figstep")
+    tasks_per_topic: int | None = doc(
+        "FigStep: the first so many tasks of each topic; 5: SafeBench-Tiny, null: all", 5, low=1
+    )
     xstest: str = doc("CSV of XSTest's prompts, or its folder", "../shared/data/xstest/xstest_prompts.csv")
     mm_safetybench: str = doc("folder of MM-SafetyBench (processed_questions/, imgs/)", "../shared/data/mm_safetybench")
     va_safetybench: str = doc(
@@ -470,6 +473,9 @@ class Trainer:
     num_nodes: int = doc("nodes", 1, low=1, free=True)
     strategy: str = doc("auto, ddp, fsdp2, or another of Lightning's", "auto", free=True)
     precision: str = doc("32-true, bf16-mixed, bf16-true, ...; auto: bf16-mixed if native", "32-true")
+    activation_checkpointing: bool = doc(
+        "training: layers run again in the backward pass; a fraction of the memory, a third more time", False, free=True
+    )
     deterministic: bool = doc("refuse kernels that vary from run to run", False, free=True)
     log_every_n_steps: int = doc("steps between log rows", 10, low=1, free=True)
 

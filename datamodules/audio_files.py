@@ -83,7 +83,7 @@ def resampled(clip: AudioClip, sample_rate: int) -> AudioClip:
     try:
         import soxr
     except ImportError as error:
-        raise ValueError("resampling needs soxr: pip install seawall[media]") from error
+        raise ValueError("resampling needs soxr: pip install -e '.[media]'") from error
     samples = soxr.resample(clip.samples, clip.sample_rate, sample_rate, quality="HQ")
     return AudioClip(np.asarray(samples, dtype=np.float32), sample_rate)
 
@@ -99,9 +99,9 @@ def _check(file: Any, rules: MediaRules) -> None:
             f"{MAX_RATE} Hz"
         )
     if (seconds := file.frames / file.samplerate) > rules.max_seconds:
+        way = "set media.cut=true" if rules.limited_by == "model.max_seconds" else f"raise {rules.limited_by}"
         raise _Refused(
-            f"{seconds:.1f} s long, at most {rules.max_seconds:g} are taken; cut it (media.max_seconds, "
-            "model.max_seconds), or set media.cut=true"
+            f"{seconds:.1f} s long, at most {rules.max_seconds:g} are taken ({rules.limited_by}); shorten it, or {way}"
         )
     if (size := 4e-6 * file.frames * file.channels) > rules.max_megabytes:
         raise _Refused(f"{file.channels} channels of {file.frames} samples take {size:.0f} MB; mix it down first")
@@ -130,5 +130,5 @@ def _soundfile() -> Any:
     try:
         import soundfile
     except ImportError as error:
-        raise ValueError("audio files need soundfile: pip install seawall[media]") from error
+        raise ValueError("audio files need soundfile: pip install -e '.[media]'") from error
     return soundfile

@@ -49,7 +49,9 @@ def read_figstep(
         if "image_typo" in tasks:
             image = inside(root, root / "images" / f"query_{row['dataset']}_{topic}_{number}_6.png", where)
             if not image.is_file():
-                raise ValueError(f"{image}: no such image, named by {where}; set tasks_per_topic to what you have")
+                raise ValueError(
+                    f"{image}: no such image, named by {where}; set evaluate.tasks_per_topic to what you have"
+                )
             prompts.append(
                 BenchmarkPrompt(
                     f"figstep-image_typo-{topic}-{number}",

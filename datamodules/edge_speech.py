@@ -1,4 +1,4 @@
-"""Speech from Microsoft's online voices through the package edge-tts: an extra, `pip install seawall[edge]`.
+"""Speech from Microsoft's online voices through the package edge-tts: an extra, `pip install -e '.[edge]'`.
 
 The texts leave the machine. The voices change on the server, so what they say is not reproducible to the bit; the
 default is espeak-ng (datamodules/speech.py), which needs no network.
@@ -31,7 +31,7 @@ def synthesize_online(text: str, voice: str, speed: int, pitch: int) -> AudioCli
     try:
         import edge_tts
     except ImportError as error:
-        raise ValueError("build.speech=edge needs edge-tts: pip install seawall[edge]") from error
+        raise ValueError("build.speech=edge needs edge-tts: pip install -e '.[edge]'") from error
     rate, shift = f"{round(100 * (speed / USUAL_SPEED - 1)):+d}%", f"{pitch - USUAL_PITCH:+d}Hz"
 
     async def receive() -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,19 @@ def figstep_items(source: Path, build: Build) -> list[Item]:
         path = f"images/query_{row['dataset']}_{topic}_{number}_6.png"
         items.append(Item(path, recipe, about | {"text": row["instruction"]}))
     return items
+
+
+def questions_file(source: Path, build: Build) -> bytes:
+    """`safebench.csv` with the rows that images are made of; all of it, byte for byte, without `build.limit`."""
+    path = source / "safebench.csv"
+    if build.limit is None:
+        return path.read_bytes()
+    rows = [row for _, row in csv_rows(path, ("task_id",)) if int(row["task_id"]) <= build.limit]
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().encode()
 
 
 def make(folder: Path, recipe: Mapping[str, Any]) -> Made:

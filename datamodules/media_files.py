@@ -40,6 +40,7 @@ class MediaRules:
         samples: audio: silence is added at the end up to this length; None adds none.
         cut_seconds: audio: what comes later is cut off; None cuts nothing.
         max_seconds, max_pixels, max_megabytes: longest clip, largest frame, largest file and decoded clip.
+        limited_by: the setting that `max_seconds` comes from, for messages.
     """
 
     modality: str
@@ -52,6 +53,7 @@ class MediaRules:
     cut_seconds: float | None = None
     shape: tuple[int, ...] | None = None
     max_seconds: float = 120.0
+    limited_by: str = "media.max_seconds"
     max_pixels: int = MAX_PIXELS
     max_megabytes: float = 1024.0
 
@@ -117,7 +119,7 @@ def _lengthened(clip: AudioClip, name: Path, rules: MediaRules) -> AudioClip:
         return clip
     if len(clip.samples) > rules.samples:
         raise ValueError(
-            f"{name}: {clip.seconds:.2f} s, the model's blank has {rules.samples / clip.sample_rate:.2f} s; cut it, "
-            "or set media.cut=true"
+            f"{name}: {clip.seconds:.2f} s, the model's blank has {rules.samples / clip.sample_rate:.2f} s; cut the "
+            "file, or set model.blank_seconds to what the longest needs"
         )
     return AudioClip(np.pad(clip.samples, (0, rules.samples - len(clip.samples))), clip.sample_rate)

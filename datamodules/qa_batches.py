@@ -56,7 +56,8 @@ class QuestionTexts:
 class TextBatch:
     """ids, mask: [N, T], right-padded. text_L, harmless_L: index of a text, its label. pairs_P2: (harmless, harmful).
 
-    positions: where each text stands among all texts (for cached features), [N].
+    positions: where each text stands among all texts (for cached features), [N]. harmless, harmful, pairs: how many
+    labels and pairs the whole batch has, over all ranks: what means are taken over.
     """
 
     ids: torch.Tensor
@@ -65,6 +66,9 @@ class TextBatch:
     harmless_L: torch.Tensor
     pairs_P2: torch.Tensor
     positions: torch.Tensor
+    harmless: int
+    harmful: int
+    pairs: int
 
 
 def encode_questions(pairs: Sequence[QAPair], encode: Callable[[str, str], QAIds]) -> list[QuestionTexts]:
@@ -129,10 +133,11 @@ class Buckets:
 
 
 class QuestionBatches(IterableDataset[TextBatch]):
-    """Batches of `batch_size` questions, from `start` to `steps`."""
+    """Batches of `batch_size` questions, from `start` to `steps`; of several ranks each takes its share of each."""
 
     def __init__(self, questions: Sequence[QuestionTexts], batch_size: int, steps: int, seed: int, pad_id: int) -> None:
         self.questions, self.steps, self.pad_id, self.start = questions, steps, pad_id, 0
+        self.rank, self.world = 0, 1
         self.buckets = Buckets([q.length for q in questions], batch_size, seed)
         self.first = [0]  # where each question's texts begin among all texts
         for q in questions:
@@ -140,10 +145,13 @@ class QuestionBatches(IterableDataset[TextBatch]):
 
     def __iter__(self) -> Iterator[TextBatch]:
         for step in range(self.start, self.steps):
-            yield self.collate(self.buckets(step))
+            whole = self.buckets(step)
+            yield self.collate(whole[self.rank :: self.world], whole)
 
-    def collate(self, indices: Sequence[int]) -> TextBatch:
-        """The batch of these questions."""
+    def collate(self, indices: Sequence[int], whole: Sequence[int] | None = None) -> TextBatch:
+        """The batch of these questions, a share of the `whole` one."""
+        together = [self.questions[i] for i in (indices if whole is None else whole)]
+        all_labels = [harmless for q in together for _, harmless in q.labels]
         rows: list[torch.Tensor] = []
         labels: list[tuple[int, bool]] = []
         pairs: list[tuple[int, int]] = []
@@ -161,25 +169,33 @@ class QuestionBatches(IterableDataset[TextBatch]):
             harmless_L=torch.tensor([float(harmless) for _, harmless in labels]),
             pairs_P2=torch.tensor(pairs, dtype=torch.long).view(-1, 2),
             positions=torch.tensor(positions),
+            harmless=sum(all_labels),
+            harmful=len(all_labels) - sum(all_labels),
+            pairs=sum(len(q.pairs) for q in together),
         )
 
 
 class Steps(Protocol):
-    """Batches of an optimiser's steps: iterating begins at `start`."""
+    """Batches of an optimiser's steps: iterating begins at `start` and yields the share of `rank` among `world`."""
 
     start: int
+    rank: int
+    world: int
+    buckets: Buckets
 
     def __iter__(self) -> Iterator[Any]: ...
 
 
 class StepDataModule(L.LightningDataModule):
-    """Hands batches to Lightning; a resumed fit begins at its checkpoint's step."""
+    """Hands batches to Lightning; a resumed fit begins at its checkpoint's step, each rank takes its share."""
 
     def __init__(self, batches: Steps) -> None:
         super().__init__()
         self.batches = batches
 
     def train_dataloader(self) -> DataLoader[Any]:
-        assert self.trainer is not None
-        self.batches.start = self.trainer.global_step
+        trainer = self.trainer
+        assert trainer is not None
+        self.batches.rank, self.batches.world = trainer.global_rank, trainer.world_size
+        self.batches.start = trainer.global_step
         return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]

@@ -31,11 +31,13 @@ class Rewriting:
 
 @dataclass(frozen=True)
 class RewriteBatch:
-    """ids, mask: int64 [N, T], right-padded. target: bool [N, T], True on the answer and the token that ends it."""
+    """ids, mask: int64 [N, T], right-padded. target: bool [N, T], True on the answer and the token that ends it.
+    targets: how many the whole batch has, over all ranks."""
 
     ids: torch.Tensor
     mask: torch.Tensor
     target: torch.Tensor
+    targets: int
 
 
 def rewritings(pairs: Sequence[QAPair], refusal: str) -> list[Rewriting]:
@@ -60,20 +62,23 @@ def encode_rewriting(
 
 
 class RewriteBatches(IterableDataset[RewriteBatch]):
-    """Batches of encoded examples from `start` to `steps`, a pure function of (seed, step); like lengths together."""
+    """Batches of encoded examples from `start` to `steps`, a pure function of (seed, step); like lengths together. Of
+    several ranks each takes its share of each."""
 
     def __init__(
         self, examples: Sequence[tuple[list[int], list[int]]], batch_size: int, steps: int, seed: int, pad_id: int
     ) -> None:
         self.examples, self.steps, self.pad_id, self.start = examples, steps, pad_id, 0
+        self.rank, self.world = 0, 1
         self.buckets = Buckets([len(prompt) + len(target) for prompt, target in examples], batch_size, seed)
 
     def __iter__(self) -> Iterator[RewriteBatch]:
         for step in range(self.start, self.steps):
-            yield self.collate(self.buckets(step))
+            whole = self.buckets(step)
+            yield self.collate(whole[self.rank :: self.world], whole)
 
-    def collate(self, indices: Sequence[int]) -> RewriteBatch:
-        """The batch of these examples."""
+    def collate(self, indices: Sequence[int], whole: Sequence[int] | None = None) -> RewriteBatch:
+        """The batch of these examples, a share of the `whole` one."""
         chosen = [self.examples[i] for i in indices]
         rows = [torch.tensor(prompt + target) for prompt, target in chosen]
         targets = [torch.tensor([False] * len(prompt) + [True] * len(target)) for prompt, target in chosen]
@@ -81,4 +86,5 @@ class RewriteBatches(IterableDataset[RewriteBatch]):
             ids=pad_sequence(rows, batch_first=True, padding_value=self.pad_id),
             mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             target=pad_sequence(targets, batch_first=True),
+            targets=sum(len(self.examples[i][1]) for i in (indices if whole is None else whole)),
         )

@@ -198,6 +198,6 @@ def _av() -> Any:
         import av
         import av.logging
     except ImportError as error:
-        raise ValueError("video files need PyAV: pip install seawall[media]") from error
+        raise ValueError("video files need PyAV: pip install -e '.[media]'") from error
     av.logging.set_level(av.logging.PANIC)  # what is wrong with a file is told once, in our words
     return av

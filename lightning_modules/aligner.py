@@ -23,10 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from configs.schema import AlignVariant
 from datamodules.alignment import AlignmentBatch, chunks
 from lightning_modules.losses import token_logps
-from lightning_modules.optimisation import adamw, keep_trained, trained
+from lightning_modules.optimisation import adamw, average_gradients, clip_gradients, keep_trained, trained
 from mllm.branches import BranchForward, BranchLogits, Item
 from mllm.loading import MLLM
-from mllm.sharding import gathered, is_sharded, shard, shared_weights
+from mllm.sharding import decoder_layers, shard, shared_weights, whole_weights
 
 
 def trainable_model(mllm: MLLM, variant: AlignVariant) -> nn.Module:
@@ -114,10 +114,9 @@ class Aligner(L.LightningModule, ABC):
                 logs[key] = logs.get(key, 0.0) + value
         for _ in range(missing):
             self.backward_pass(self.micro_step(*parts[-1], total)[0] * 0)
-        self.average_gradients()
+        average_gradients(self)
         if self.grad_clip:
-            norm = nn.utils.clip_grad_norm_(trained(self), self.grad_clip)
-            logs["grad_norm"] = gathered(norm)
+            logs["grad_norm"] = clip_gradients(trained(self), self.grad_clip)
         optimizer.step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self.log_dict({f"align/{k}": v for k, v in logs.items()}, batch_size=1, sync_dist=True)
@@ -176,25 +175,13 @@ class Aligner(L.LightningModule, ABC):
         """Root mean square of the blank's E at this projector."""
         return float(self.anchor.E0_by_path[path].float().square().mean().sqrt())
 
-    def average_gradients(self) -> None:
-        """Over the ranks, once a step: DDP's hooks want one backward a step, and ours has one a micro-batch."""
-        if self.trainer.world_size == 1:
-            return
-        grads = []
-        for p in trained(self):
-            if is_sharded(p):  # averaged with every backward pass
-                continue
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            grads.append(p.grad)
-        for work in [torch.distributed.all_reduce(grad, async_op=True) for grad in grads]:
-            work.wait()
-        for grad in grads:
-            grad.div_(self.trainer.world_size)
-
     def shard(self, mesh: DeviceMesh) -> None:
         """Called by the strategy before the first step: the weights in shards over the ranks of `mesh`."""
         self.forward_branches.settle()
-        shard(self.model, mesh, self.anchor.encoder_modules.values())
+        whole = {p for module in self.anchor.encoder_modules.values() for p in module.parameters()}
+        if isinstance(self.model, PeftModel):
+            whole |= set(trained(self))
+        shard(self.model, decoder_layers(self.model), mesh, whole)
         self.lockstep = True
 
     def with_noise(self, batch: AlignmentBatch) -> AlignmentBatch:
@@ -229,13 +216,8 @@ class Aligner(L.LightningModule, ABC):
         return batch  # items are planned on the CPU, E moves micro-batch by micro-batch
 
     def whole_weights(self) -> dict[str, Any] | None:
-        """All weights of a sharded, fully fine-tuned model, whole and on the CPU, tied ones once; None for others. A
-        collective."""
-        if isinstance(self.model, PeftModel) or not any(map(is_sharded, self.model.parameters())):
-            return None
-        once = {id(p): name for name, p in reversed(self.model.state_dict(keep_vars=True).items())}
-        weights: dict[str, Any] = gathered({n: p for n, p in self.model.state_dict().items() if n in once.values()})
-        return weights
+        """All weights of a sharded, fully fine-tuned model; None for others. A collective."""
+        return whole_weights(self.model)
 
     def export(self, folder: str, weights: Mapping[str, Any] | None = None) -> None:
         """The PEFT adapter (or, fully fine-tuned, the whole model) as safetensors in `folder`."""

@@ -7,17 +7,22 @@ Logits are computed at those tokens only: with a vocabulary of 49,000 the head w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from peft import PeftModel
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from datamodules.rewriting import RewriteBatch
 from lightning_modules.losses import sft_loss, token_logps
-from lightning_modules.optimisation import adamw, keep_trained, trained
+from lightning_modules.optimisation import adamw, average_gradients, clip_gradients, keep_trained, trained
+from mllm.frozen_layers import text_layers
+from mllm.sharding import shard
 
 
 def target_logps(model: PreTrainedModel, batch: RewriteBatch) -> torch.Tensor:
@@ -26,6 +31,17 @@ def target_logps(model: PreTrainedModel, batch: RewriteBatch) -> torch.Tensor:
     asked = batch.target[:, 1:]  # the position before a target predicts it
     logits = model.get_output_embeddings()(hidden[:, :-1][asked])
     return token_logps(logits, batch.ids[:, 1:][asked])
+
+
+class TargetLogps(nn.Module):
+    """`target_logps` as one module, which fetches sharded weights when it is called."""
+
+    def __init__(self, net: nn.Module, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.net, self._plain = net, (model,)  # in a tuple: not registered a second time
+
+    def forward(self, batch: RewriteBatch) -> torch.Tensor:
+        return target_logps(self._plain[0], batch)
 
 
 class DetoxifierTuner(L.LightningModule):
@@ -47,6 +63,7 @@ class DetoxifierTuner(L.LightningModule):
         super().__init__()
         self.strict_loading = False  # a checkpoint holds the trained weights only
         self.model, self._plain = net, (model,)  # in a tuple: not registered a second time
+        self._score = (TargetLogps(net, model),)
         self.steps, self.lr, self.warmup_steps, self.weight_decay = steps, lr, warmup_steps, weight_decay
 
     @property
@@ -54,11 +71,29 @@ class DetoxifierTuner(L.LightningModule):
         """The model inside the adapter's wrapper, adapters at work."""
         return self._plain[0]
 
+    def logps(self, batch: RewriteBatch) -> torch.Tensor:
+        """log p of every target token, [T]."""
+        return self._score[0](batch)
+
     def training_step(self, batch: RewriteBatch, batch_idx: int) -> torch.Tensor:
-        logps = target_logps(self.plain, batch)
-        loss = sft_loss(logps, len(logps))
+        # of several ranks each has a share of the batch; averaging their gradients divides by their number
+        loss = sft_loss(self.logps(batch), batch.targets) * self.trainer.world_size
         self.log("detoxifier/loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
         return loss
+
+    def on_after_backward(self) -> None:
+        average_gradients(self)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if gradient_clip_val:
+            clip_gradients(trained(self), gradient_clip_val)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Called by the strategy before the first step."""
+        whole = set(trained(self)) if isinstance(self.model, PeftModel) else set()
+        shard(self._score[0], text_layers(self.plain), mesh, whole)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return adamw(trained(self), self.lr, self.weight_decay, self.warmup_steps, self.steps)
@@ -67,4 +102,4 @@ class DetoxifierTuner(L.LightningModule):
         keep_trained(self, checkpoint)
 
     def transfer_batch_to_device(self, batch: RewriteBatch, device: torch.device, dataloader_idx: int) -> RewriteBatch:
-        return RewriteBatch(batch.ids.to(device), batch.mask.to(device), batch.target.to(device))
+        return replace(batch, **{name: getattr(batch, name).to(device) for name in ("ids", "mask", "target")})

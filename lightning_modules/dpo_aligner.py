@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from datamodules.alignment import AlignmentBatch
 from lightning_modules.aligner import Aligner
 from lightning_modules.losses import DPOLossType, dpo_loss, sequence_logps
 from mllm.branches import Item
+from mllm.replay import evaluating
 
 ReferenceLogps = Mapping[str, tuple[float, float]]
 """Example id -> summed log-probability of the chosen and of the rejected answer under the reference."""
@@ -68,15 +70,9 @@ class DPOAligner(Aligner):
     @torch.no_grad()
     def reference_logps(self, items: list[Item], E: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
         """[B, 2] under the reference: the model with its adapter off (or as loaded, before full fine-tuning)."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            if isinstance(self.model, PeftModel):
-                with self.model.disable_adapter():
-                    return self.pair_logps(items, E)[0]
+        off = self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
+        with evaluating(self.model), off:
             return self.pair_logps(items, E)[0]
-        finally:
-            self.model.train(training)
 
     def micro_step(
         self, items: list[Item], E: Mapping[str, torch.Tensor] | None, ids: list[str], total: float

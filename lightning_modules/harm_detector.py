@@ -1,24 +1,30 @@
 """Training of the harm detector (MLLM-Protector, arXiv 2401.02906, section 3.2): a backbone with one output, BCE.
 
-One optimiser step sees a batch of questions with all their answers, each distinct text once. Frozen lower layers
-need not run: their output is fed from memory (mllm/frozen_layers.py). Nor need a backbone that is frozen as a whole,
-under a head on section means (mllm/sections.py).
+One optimiser step sees a batch of questions with all their answers, each distinct text once; of several ranks each
+has a share of it, and the loss is a share of the batch's (times their number: gradients are averaged). Frozen lower
+layers need not run: their output is fed from memory (mllm/frozen_layers.py). Nor need a backbone that is frozen as a
+whole, under a head on section means (mllm/sections.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from peft import PeftModel
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from datamodules.qa_batches import TextBatch
 from lightning_modules.detector_losses import DetectorLoss, bce, bce_pairwise
-from lightning_modules.optimisation import adamw, keep_trained, trained
-from mllm.frozen_layers import LowerLayers
+from lightning_modules.optimisation import adamw, average_gradients, clip_gradients, keep_trained, trained
+from mllm.anchor import base_model
+from mllm.frozen_layers import LowerLayers, text_layers
+from mllm.sharding import shard
 
 
 class HarmDetector(L.LightningModule):
@@ -67,17 +73,41 @@ class HarmDetector(L.LightningModule):
         z_N = self(batch)
         z_L, h_L = z_N[batch.text_L], batch.harmless_L
         better, worse = z_N[batch.pairs_P2[:, 0]], z_N[batch.pairs_P2[:, 1]]
+        weight = batch.harmless + self.harmful_weight * batch.harmful
         if self.loss == "bce":
-            loss = bce(z_L, h_L, self.harmful_weight)
+            loss = bce(z_L, h_L, self.harmful_weight, weight)
         else:
-            loss = bce_pairwise(z_L, h_L, better, worse, self.harmful_weight)
+            loss = bce_pairwise(z_L, h_L, better, worse, self.harmful_weight, weight, batch.pairs)
+        ranks = self.trainer.world_size
+        loss = loss * ranks
         with torch.no_grad():
-            logs = {"detector/accuracy": ((z_L > 0) == (h_L > 0.5)).float().mean()}
-            if len(better):
-                logs["detector/pair_accuracy"] = (better > worse).float().mean()
+            right = ((z_L > 0) == (h_L > 0.5)).float().sum() * ranks
+            logs = {"detector/accuracy": right / (batch.harmless + batch.harmful)}
+            if batch.pairs:
+                logs["detector/pair_accuracy"] = (better > worse).float().sum() * ranks / batch.pairs
         self.log_dict(logs, batch_size=1, sync_dist=True)
         self.log("detector/loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
         return loss
+
+    def on_after_backward(self) -> None:
+        average_gradients(self)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if gradient_clip_val:
+            clip_gradients(trained(self), gradient_clip_val)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Called by the strategy before the first step. The head stays whole: it is small and may have a dtype of its
+        own. A head on section means is all that is trained: there is nothing to cut."""
+        if self.pooled is not None:
+            return
+        whole = {p for p in trained(self) if id(p) in self.head_ids}
+        if isinstance(self.model, PeftModel):
+            whole = set(trained(self))
+        layers = text_layers(base_model(self.model)) if self.lower is None else self.lower.remaining
+        shard(self.model, layers, mesh, whole)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         head = [p for p in trained(self) if id(p) in self.head_ids]
@@ -90,4 +120,4 @@ class HarmDetector(L.LightningModule):
 
     def transfer_batch_to_device(self, batch: TextBatch, device: torch.device, dataloader_idx: int) -> TextBatch:
         fields = {name: getattr(batch, name).to(device) for name in ("ids", "mask", "text_L", "harmless_L", "pairs_P2")}
-        return TextBatch(**fields, positions=batch.positions)
+        return replace(batch, **fields)

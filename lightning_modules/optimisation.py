@@ -1,13 +1,17 @@
-"""What every module that trains a part of a model shares: AdamW with a linear schedule, checkpoints of that part."""
+"""What every module that trains a part of a model shares: AdamW with a linear schedule, checkpoints of that part, and
+one gradient over several ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
+
+from mllm.sharding import gathered, is_sharded
 
 
 def adamw(
@@ -34,3 +38,36 @@ def keep_trained(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Drops the frozen weights from a checkpoint that is about to be written; load it with strict_loading=False."""
     names = {name for name, p in module.named_parameters() if p.requires_grad}
     checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
+
+
+def average_gradients(module: L.LightningModule) -> None:
+    """Over the ranks, once a step, with every gradient in one flight. Those of sharded weights are averaged by each
+    backward pass already."""
+    world = module.trainer.world_size
+    if world == 1:
+        return
+    grads = []
+    for p in trained(module):
+        if is_sharded(p):
+            continue
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grads.append(p.grad)
+    for work in [torch.distributed.all_reduce(grad, async_op=True) for grad in grads]:
+        work.wait()
+    for grad in grads:
+        grad.div_(world)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> torch.Tensor:
+    """Scales all gradients such that their common norm is at most `most`; returns the norm before. As
+    `torch.nn.utils.clip_grad_norm_`, also where some are shards and others whole."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    parts = [[g for g in grads if is_sharded(g)], [g for g in grads if not is_sharded(g)]]
+    norms = [gathered(nn.utils.get_total_norm(part)) for part in parts if part]
+    device = grads[0].device if grads else torch.device("cpu")
+    norm = torch.stack([n.to(device).float() for n in norms]).norm() if norms else torch.zeros(())
+    scale = (most / (norm + 1e-6)).clamp(max=1.0)
+    for part in parts:
+        for g in part:
+            g.mul_(scale.to(g.dtype))
+    return norm

@@ -26,6 +26,7 @@ from mllm.anchor import Anchor
 from mllm.items import Branch, Item, check_items, split_shared
 from mllm.packing import Rows, packed_mask, packed_rows, plain_rows
 from mllm.prefix_layout import PrefixLayouts
+from mllm.recomputing import checkpointing_layers, recomputes
 from mllm.replay import base_model, evaluating
 
 __all__ = ["Branch", "BranchForward", "BranchLogits", "Item", "Plan", "split_shared"]
@@ -95,6 +96,7 @@ class BranchForward:
             raise ValueError(f"{self._name} has no output embedding, expected a causal language model")
         self._layouts = PrefixLayouts(self.base, anchor)
         self._last_mlp = last_mlp(self.base)
+        self._layers = checkpointing_layers(self.base)
         self._text_config = self.base.config.get_text_config()
         self._tried: set[bool] = set()
         self._told: set[str] = set()
@@ -198,9 +200,9 @@ class BranchForward:
     @contextlib.contextmanager
     def _last_mlp_at(self, rows: Rows) -> Iterator[None]:
         """Inside, the last layer's MLP works on the places that predict a target and gives zero elsewhere, where
-        nothing looks any more: after that layer no place sees another. Not under gradient checkpointing, which runs
+        nothing looks any more: after that layer no place sees another. Not under activation checkpointing, which runs
         the layer again after this context has ended."""
-        if self._last_mlp is None or (self.base.training and self.base.is_gradient_checkpointing):
+        if self._last_mlp is None or recomputes(self._layers):
             yield
             return
         width = rows.ids.shape[1]

@@ -27,7 +27,7 @@ def load_pipeline(settings: Pipeline, device: torch.device | str = "cpu") -> Any
         from diffusers.utils.logging import disable_progress_bar, set_verbosity_error
         from transformers.utils.logging import disable_progress_bar as disable_loading_bar
     except ImportError as error:
-        raise ValueError("pictures and clips from texts need diffusers: pip install seawall[generate]") from error
+        raise ValueError("pictures and clips from texts need diffusers: pip install -e '.[generate]'") from error
     set_verbosity_error()
     disable_progress_bar()
     disable_loading_bar()

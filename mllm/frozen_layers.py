@@ -44,6 +44,12 @@ def layers_of(model: PreTrainedModel) -> tuple[nn.Module, str]:
     return found[0]
 
 
+def text_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the decoder or encoder. Raises ValueError as `layers_of` does."""
+    owner, name = layers_of(model)
+    return list(getattr(owner, name))
+
+
 def freeze_lower(model: PreTrainedModel, n: int) -> None:
     """Embeddings and the first `n` layers get no gradient; everything else does.
 
@@ -72,6 +78,11 @@ class LowerLayers:
         self.model, self.n = model, n
         self.owner, self.name = layers_of(model)
         self._fed: torch.Tensor | None = None
+
+    @property
+    def remaining(self) -> list[nn.Module]:
+        """The layers that run: inside `replaced`, those from layer n on."""
+        return list(getattr(self.owner, self.name))
 
     def features(self, texts: Sequence[Sequence[int]], pad_id: int, batch_size: int = 64) -> list[torch.Tensor]:
         """Hidden states that enter layer n, for each text [T, d], on the CPU in the model's dtype.

@@ -108,7 +108,7 @@ def _serve(args: argparse.Namespace) -> None:
         from mllm.guard_metrics import Metrics
         from mllm.guard_server import make_app, make_server
     except ModuleNotFoundError as error:
-        raise Mistake(f"{error.name} is missing; serve needs: pip install 'seawall[serve]'") from None
+        raise Mistake(f"{error.name} is missing; serve needs: pip install -e '.[serve]'") from None
     try:
         backend, settings = _behind(args)
     except ValueError as error:

@@ -60,7 +60,7 @@ def decode_audio(part: dict[str, Any], rate: int, max_bytes: int = MAX_BYTES) ->
         import soundfile
         import soxr
     except ImportError:
-        raise _bad("recordings need pip install 'seawall[media]' on the server") from None
+        raise _bad("recordings need pip install -e '.[media]' on the server") from None
     holder = part.get("input_audio")
     holder = holder if isinstance(holder, dict) else {}
     text, form = holder.get("data"), holder.get("format")

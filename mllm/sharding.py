@@ -25,30 +25,42 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mllm.anchor import base_model
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, encoder: Iterable[nn.Module] = ()) -> None:
-    """Replaces the model's weights by their shards, in place.
+def shard(root: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
+    """Replaces the weights of `root` by their shards, in place.
 
     Args:
-        model: what is called: a transformers model, or a PEFT model of one.
-        encoder: modules that do not run in training.
+        root: what is called; it fetches what lies outside of the layers.
+        layers: of the decoder (or encoder), each a unit.
+        whole: weights that stay whole on every rank.
     """
-    whole = {p for module in encoder for p in module.parameters()}
-    if isinstance(model, PeftModel):
-        whole |= {p for p in model.parameters() if p.requires_grad}
-    base: Any = base_model(model)
-    for layer in getattr(base.get_decoder(), "layers", ()):
+    for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=whole)
-    fully_shard(model, mesh=mesh, ignored_params=whole)
+    fully_shard(root, mesh=mesh, ignored_params=whole)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Of an MLLM, perhaps under an adapter."""
+    base: Any = base_model(model)
+    return list(getattr(base.get_decoder(), "layers", ()))
 
 
 def shared_weights(model: nn.Module) -> torch.Tensor:
     """0, with a gradient of zero for every trained weight outside the decoder's layers; add it to a loss after the
     forward. A text has no gradient for the projector, a medium has one: what is sent after a backward pass would differ
     from rank to rank."""
-    base: Any = base_model(model)
-    inside = {id(p) for layer in getattr(base.get_decoder(), "layers", ()) for p in layer.parameters()}
+    inside = {id(p) for layer in decoder_layers(model) for p in layer.parameters()}
     outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
     return torch.stack([(p * 0).sum() for p in outside]).sum() if outside else torch.zeros(())
+
+
+def whole_weights(model: nn.Module) -> dict[str, Any] | None:
+    """All weights of a sharded, fully fine-tuned model, whole and on the CPU, tied ones once; None for others. A
+    collective."""
+    if isinstance(model, PeftModel) or not any(map(is_sharded, model.parameters())):
+        return None
+    once = {id(p): name for name, p in reversed(model.state_dict(keep_vars=True).items())}
+    weights: dict[str, Any] = gathered({n: p for n, p in model.state_dict().items() if n in once.values()})
+    return weights
 
 
 def is_sharded(tensor: Any) -> bool:

@@ -28,6 +28,7 @@ from lightning_modules.losses import DPOLossType
 from lightning_modules.sft_aligner import SFTAligner
 from mllm.branches import Item
 from mllm.loading import MLLM, load
+from mllm.recomputing import recompute_activations
 from stages.encode import RECORDS as REAL_RECORDS
 from stages.manifest import versions
 from stages.model_card import model_card
@@ -74,6 +75,8 @@ def align_variant(cfg: Config, run: Run, name: str, variant: AlignVariant) -> No
     media_ids = sorted(mllm.anchor.media_token_ids)
     items = [encode(e, mllm.prompts, media_ids, pairs=variant.method == "dpo") for e in data]
     module = aligner(mllm, variant, cfg.align.precompute_reference)
+    if cfg.trainer.activation_checkpointing:
+        recompute_activations(module.model)
     datamodule = AlignmentDataModule(data, items, variant.mixture, store, variant.steps, variant.batch_size, cfg.seed)
     if isinstance(module, DPOAligner) and cfg.align.precompute_reference:
         module.reference = reference(run, stage, module, datamodule.batches, data, items, variant)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 from configs.keys import nearest
 from configs.schema import BENCHMARKS, Config
@@ -84,9 +85,13 @@ def _read(cfg: Config, name: str) -> list[BenchmarkPrompt]:
     if (key := BENCHMARKS[name]) is None:
         return DRAWN[name](cfg.model.prompts, cfg.seed, cfg.model.modality, cfg.model.plugin)
     reader, root = READERS[name], Path(getattr(cfg.evaluate, key))
-    if cfg.evaluate.tasks is not None and "tasks" in inspect.signature(reader).parameters:
-        return reader(root, tasks=cfg.evaluate.tasks)
-    return reader(root)
+    takes = inspect.signature(reader).parameters
+    given: dict[str, Any] = {}
+    if cfg.evaluate.tasks is not None and "tasks" in takes:
+        given["tasks"] = cfg.evaluate.tasks
+    if "tasks_per_topic" in takes:
+        given["tasks_per_topic"] = cfg.evaluate.tasks_per_topic
+    return reader(root, **given)
 
 
 def _limited(prompts: list[BenchmarkPrompt], limit: int | None) -> list[BenchmarkPrompt]:

@@ -100,7 +100,7 @@ def build_figstep(cfg: Config, folder: BenchmarkFolder) -> list[Row]:
     """The images, and the list of questions."""
     source = Path(cfg.build.source)
     rows = folder.make(figstep_build.figstep_items(source, cfg.build), figstep_build.make, "figstep")
-    write_durably(folder.path / "safebench.csv", (source / "safebench.csv").read_bytes())
+    write_durably(folder.path / "safebench.csv", figstep_build.questions_file(source, cfg.build))
     if cut := [row["path"] for row in rows if row["cut"]]:
         log.warning("%d images are cut off at the bottom, as the published ones are: %s ...", len(cut), cut[0])
     return rows

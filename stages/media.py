@@ -18,9 +18,13 @@ def media_rules(cfg: Config, mllm: MLLM, fit: bool = False) -> MediaRules:
     m, modality = cfg.media, mllm.spec.modality
     blank = blank_medium(cfg.model, mllm.processor)
     frames, size, samples, seconds, shape = m.frames, None, None, m.max_seconds, None
+    limited_by = "media.max_seconds"
     cut = cfg.model.max_seconds if modality == "audio" and m.cut else None
-    if modality == "audio" and cfg.model.max_seconds is not None and not m.cut:
-        seconds = min(seconds, cfg.model.max_seconds)
+    if modality == "audio" and m.cut and cut is None:
+        raise ValueError(f"media.cut=true: model {cfg.model.name} has no model.max_seconds to cut at; set it (s)")
+    if modality == "audio" and not m.cut and (cfg.model.max_seconds or seconds) < seconds:
+        assert cfg.model.max_seconds is not None
+        seconds, limited_by = cfg.model.max_seconds, "model.max_seconds"
     if modality == "video" and m.frames is None and m.fps is None:
         frames = len(blank)  # as many as an embedding stands for
     if fit and modality == "audio":
@@ -41,6 +45,7 @@ def media_rules(cfg: Config, mllm: MLLM, fit: bool = False) -> MediaRules:
         cut_seconds=cut,
         shape=shape,
         max_seconds=seconds,
+        limited_by=limited_by,
         max_pixels=m.max_pixels,
         max_megabytes=m.max_megabytes,
     )

@@ -17,10 +17,11 @@ from callbacks.interruption import checkpoints, last_checkpoint
 from callbacks.training_progress import TrainingProgress
 from configs.schema import Config, Lora
 from datamodules.micro_pairs import micro_parts
-from datamodules.qa_batches import QuestionTexts
+from datamodules.qa_batches import QuestionTexts, StepDataModule
 from datamodules.qa_pairs import Answer, Part, QAPair, read_pairs, require, split_pairs
 from mllm.frozen_layers import freeze_lower
 from stages.runs import Stage
+from stages.strategies import SharedStep
 from stages.trainers import trainer
 
 
@@ -91,7 +92,7 @@ def fit(
     cfg: Config,
     stage: Stage,
     module: L.LightningModule,
-    data: L.LightningDataModule,
+    data: StepDataModule,
     steps: int,
     every: int,
     clip: float,
@@ -109,20 +110,30 @@ def fit(
         stage.folder,
         stage.name,
         [*checkpoints(folder, every), TrainingProgress(part or stage.name)],
+        SharedStep,
         logged=not part,
         max_steps=steps,
         max_epochs=-1,
         gradient_clip_val=clip or None,
     )
+    size = data.batches.buckets.batch_size
+    if size < fitting.world_size:
+        raise ValueError(
+            f"{stage.name}: a batch has {size} examples, expected one at least for each of {fitting.world_size} "
+            "devices; raise batch_size or give more data"
+        )
     fitting.fit(module, data, ckpt_path=last_checkpoint(folder), weights_only=True)
 
 
-def export(model: nn.Module, tokenizer: Any, folder: Path, base: str, full: bool) -> None:
-    """Weights (an adapter, or all of them) and tokenizer, for plain transformers and peft."""
+def export(
+    model: nn.Module, tokenizer: Any, folder: Path, base: str, full: bool, weights: dict[str, Any] | None = None
+) -> None:
+    """Weights (an adapter, or all of them) and tokenizer, for plain transformers and peft. `weights`: whole ones, where
+    the model's are in shards."""
     folder.mkdir(parents=True, exist_ok=True)
     if not full:
         model.peft_config["default"].base_model_name_or_path = base  # type: ignore[index, union-attr]
-    model.save_pretrained(folder)  # type: ignore[operator]
+    model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
 
 

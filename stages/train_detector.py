@@ -30,7 +30,9 @@ from mllm.backbones import backbone_folder, load_classifier, load_headless, load
 from mllm.detector import HEAD, Detector, DetectorSpec
 from mllm.frozen_layers import LowerLayers
 from mllm.qa_text import QATemplate
+from mllm.recomputing import recompute_activations
 from mllm.sections import SectionClassifier
+from mllm.sharding import whole_weights
 from stages.runs import Run, Stage
 from stages.section_training import logits, train_head
 from stages.text_training import adapted, export, fit, harmful_weight, question_parts, steps_of, versions
@@ -71,6 +73,7 @@ def run(cfg: Config, run: Run) -> None:
     else:
         model = load_classifier(source, tokenizer, dtype, b.revision).to(device_of(cfg))
         module = train_classifier(cfg, stage, model, parts.train, tokenizer.pad_token_id)
+        weights = whole_weights(module.model)  # by every rank: weights in shards are fetched by all together
     result: dict[str, Any] = {}
     if run.leader:
         folder = stage.folder / "detector"
@@ -80,7 +83,7 @@ def run(cfg: Config, run: Run) -> None:
             unseen = found.questions, found.unseen_N
             test = parts.test, head_logits(detector, parts.test, found.means_M)
         else:
-            export(module.model, tokenizer, folder, b.path, b.full_finetune)
+            export(module.model, tokenizer, folder, b.path, b.full_finetune, weights)
             detector = written(cfg, folder, facts(cfg, pairs, template))
             unseen = parts.val, logits_of(detector, parts.val, d.score_batch_size)
             test = parts.test, logits_of(detector, parts.test, d.score_batch_size)
@@ -132,6 +135,8 @@ def detector_module(cfg: Config, model: PreTrainedModel, train: Sequence[Questio
             features = lower.features(texts, pad_id, d.score_batch_size)
             progress.advance(len(texts))
     net.train()
+    if cfg.trainer.activation_checkpointing:
+        recompute_activations(net)
     steps = steps_of(d.epochs, len(train), d.batch_size)
     return HarmDetector(
         net,

@@ -25,12 +25,14 @@ from datamodules.qa_pairs import Part, QAPair
 from datamodules.rewriting import RewriteBatches, Rewriting, encode_rewriting, rewritings
 from evaluation.rewriting_metrics import rewriting_metrics
 from evaluation.similarity import SentenceSimilarity
-from lightning_modules.detoxifier import DetoxifierTuner, target_logps
+from lightning_modules.detoxifier import DetoxifierTuner
 from mllm.backbones import backbone_folder, load_causal, load_tokenizer
 from mllm.detector import Detector
 from mllm.detoxifier import Detoxifier, DetoxifierSpec
 from mllm.guard import Guard, Guarded
 from mllm.qa_text import QATemplate
+from mllm.recomputing import recompute_activations
+from mllm.sharding import whole_weights
 from stages.runs import Run, Stage, write_json
 from stages.text_training import adapted, export, fit, question_parts, steps_of, versions
 from stages.trainers import device_of
@@ -70,16 +72,20 @@ def train_and_export(cfg: Config, run: Run) -> None:
     model = load_causal(source, getattr(torch, b.dtype), b.revision).to(device_of(cfg))
     net = adapted(model, cfg, d.lora, "CAUSAL_LM")
     steps = steps_of(d.epochs, len(items["train"]), d.batch_size)
+    if cfg.trainer.activation_checkpointing:
+        recompute_activations(net)
     module = DetoxifierTuner(net.train(), model, steps, d.lr, round(d.warmup * steps), d.weight_decay)
     batches = RewriteBatches(items["train"], d.batch_size, steps, cfg.seed, tokenizer.pad_token_id)
     before = token_nll(cfg, module, items["test"], batches)
     fit(cfg, stage, module, StepDataModule(batches), steps, d.checkpoint_every_steps, d.grad_clip)
     result: dict[str, Any] = {"examples": {part: len(found) for part, found in items.items()}, "steps": steps}
+    # By every rank: weights in shards are fetched by all together.
+    nll = {part: token_nll(cfg, module, items[part], batches) for part in ("val", "test")}
+    weights = whole_weights(module.model)
     if run.leader:
-        nll = {part: token_nll(cfg, module, items[part], batches) for part in ("val", "test")}
         result |= {"token_nll": nll, "token_nll_before_training": before}
         folder = stage.folder / "detoxifier"
-        export(module.model, tokenizer, folder, b.path, b.full_finetune)
+        export(module.model, tokenizer, folder, b.path, b.full_finetune, weights)
         spec(cfg, template, result).save(folder)
     stage.finish(result)
 
@@ -111,7 +117,7 @@ def token_nll(cfg: Config, module: DetoxifierTuner, items: Encoded, batches: Rew
     module.eval().to(device_of(cfg))
     for at in range(0, len(order), size):
         batch = module.transfer_batch_to_device(others.collate(order[at : at + size]), device_of(cfg), 0)
-        logps = target_logps(module.plain, batch)
+        logps = module.logps(batch)
         total, n = total - float(logps.sum()), n + len(logps)
     module.train(training)
     return total / n

@@ -47,6 +47,12 @@ def test_columns_that_may_be_left_out(root):
     assert (prompt.id, prompt.media, prompt.task, prompt.expected) == ("folder/a", None, "text_only", None)
 
 
+def test_a_medium_may_say_everything(root):
+    write(root, "id,media,text,request,asked\na,photos/kite.png,,benign,How do I fold a kite?\n")
+    (prompt,) = read_folder(root)
+    assert (prompt.text, prompt.asked) == ("", "How do I fold a kite?")
+
+
 HEAD = "id,media,text,request,expected\n"
 
 
@@ -57,6 +63,7 @@ HEAD = "id,media,text,request,expected\n"
         (HEAD, "no rows"),
         ("id,text\n1,q\n", r"prompts\.csv:2: request is missing from the header"),
         (HEAD + "1,,q,benign,\n,,q,benign,\n", r"prompts\.csv:3: id is empty"),
+        (HEAD + "1,,,benign,\n", r":2: text is empty; a row without a medium needs one"),
         (HEAD + "1,,q,evil,\n", r":2: request is 'evil', expected harmful, benign, reading"),
         (HEAD + "1,,q,reading,\n", r":2: expected is empty; a reading question needs"),
         (HEAD + "1,,q,benign,...\n", r":2: expected is '\.\.\.', which holds no word"),
@@ -75,7 +82,9 @@ def test_what_is_wrong_is_told_with_file_and_line(root, text, message):
 
 
 def test_a_missing_file_and_an_unknown_task(root, tmp_path):
-    with pytest.raises(ValueError, match=r"prompts\.csv: no such file; expected a CSV file with the columns id, text"):
+    with pytest.raises(
+        ValueError, match=r"prompts\.csv: no such file; expected a CSV file with the columns id, request"
+    ):
         read_folder(tmp_path / "none")
     with pytest.raises(ValueError, match="no prompt has the task 'video'; there are media, photo, text_only"):
         read_folder(root, ["video"])

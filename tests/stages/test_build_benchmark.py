@@ -113,9 +113,10 @@ def test_figstep_is_built_as_its_reader_wants_it(tmp_path: Path) -> None:
     assert start("build_figstep", tmp_path / "run", source, "build.limit=2") == 0
     folder = tmp_path / "run" / "build_benchmark" / "data"
     assert sound(folder) == 2
-    prompts = read_figstep(folder, ["image_typo"], tasks_per_topic=2)
+    prompts = read_figstep(folder, ["image_typo"])  # asks for five of each topic: those that were left out are no gap
     assert [open_media(p).size for p in prompts] == [(760, 760)] * 2
-    assert [row["cut"] > 0 for row in read_manifest(folder).values()] == [False, True]
+    cut = {path: row["cut"] > 0 for path, row in read_manifest(folder).items()}  # in the order of being done
+    assert [cut[path] for path in sorted(cut)] == [False, True]
     assert "1 images are cut off" in (tmp_path / "run" / "run.log").read_text()
 
 

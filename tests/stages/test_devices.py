@@ -183,7 +183,8 @@ def test_adapters_of_two_devices_equal_those_of_one_and_each_prompt_is_answered_
 
 def test_adapters_of_two_devices_with_sharded_weights_equal_those_of_one(one: Path, tmp_path: Path) -> None:
     two = copied(one, tmp_path / "two")
-    end(start(two, "trainer=fsdp2", "trainer.devices=2", "stages=[align]", *SETTINGS))
+    shards = ["trainer=fsdp2", "trainer.devices=2", "trainer.activation_checkpointing=true"]  # which changes nothing
+    end(start(two, *shards, "stages=[align]", *SETTINGS))
     equal_adapters(one, two, VARIANTS)
 
 
@@ -213,9 +214,19 @@ def test_sharded_full_fine_tuning_equals_that_of_one_device_and_one_goes_on_wher
 
 
 def test_what_is_not_trained_in_shards_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["experiment=harm_detector_micro", f"run_dir={tmp_path / 'run'}", "trainer=fsdp2", "trainer.devices=1"]
+    words = ["experiment=pretrain_micro", f"run_dir={tmp_path / 'run'}", "trainer=fsdp2", "trainer.devices=1"]
     assert train.main([*words, "logger.tensorboard=false", "trainer.accelerator=cpu"]) == 1
-    assert "train_detector is not trained in shards; take trainer=ddp" in capsys.readouterr().err
+    assert "is not trained in shards; take trainer=ddp" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_one_gpu_in_shards_and_bfloat16_learns_what_a_cpu_does(one: Path, tmp_path: Path) -> None:
+    run = copied(one, tmp_path / "run")
+    gpu = ["trainer=fsdp2", "trainer.devices=1", "trainer.accelerator=gpu", "trainer.precision=bf16-mixed"]
+    end(start(run, *gpu, "stages=[align]", *SETTINGS))
+    for variant in VARIANTS:
+        losses = [read_losses(r / "align" / variant) for r in (one, run)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 def test_a_merged_checkpoint_answers_as_model_and_adapter_do(one: Path, tmp_path: Path) -> None:
