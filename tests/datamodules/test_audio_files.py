@@ -58,7 +58,7 @@ def test_silence_is_added_up_to_a_length_and_nothing_is_cut(tmp_path: Path) -> N
     assert len(clip.samples) == 20000
     assert np.abs(clip.samples[:16000] - tone(1.0)).max() < 1e-4
     assert not clip.samples[16000:].any()
-    with pytest.raises(ValueError, match=r"a\.wav: 1.00 s, the model's blank has 0.50 s; cut it"):
+    with pytest.raises(ValueError, match=r"a\.wav: 1.00 s, the model's blank has 0.50 s; cut the file"):
         open_medium(path, MediaRules("audio", samples=8000))
 
 
@@ -99,7 +99,9 @@ def test_other_damage_is_named(tmp_path: Path) -> None:
 
 def test_too_long_too_wide_and_lying_headers_cost_no_memory(tmp_path: Path) -> None:
     path = audio(tmp_path / "long.flac", tone(3.0))
-    with pytest.raises(ValueError, match=r"long\.flac: 3.0 s long, at most 2 are taken; cut it .media.max_sec"):
+    with pytest.raises(
+        ValueError, match=r"long\.flac: 3.0 s long, at most 2 are taken .media.max_seconds.; shorten it, or raise"
+    ):
         open_medium(path, MediaRules("audio", max_seconds=2))
     with pytest.raises(ValueError, match=r"long\.flac: 1 channels of 48000 samples take 0 MB; mix it down"):
         open_medium(path, MediaRules("audio", max_megabytes=0.1))
@@ -122,8 +124,8 @@ def test_unknown_kinds_and_missing_packages_say_what_to_do(tmp_path: Path, monke
         encode_audio(AudioClip(tone(), 16000), ".m4a")
     path = audio(tmp_path / "a.wav")
     monkeypatch.setitem(sys.modules, "soxr", None)
-    with pytest.raises(ValueError, match=r"resampling needs soxr: pip install seawall\[media\]"):
+    with pytest.raises(ValueError, match=r"resampling needs soxr: pip install -e '.\[media\]'"):
         open_medium(path, MediaRules("audio", sample_rate=8000, resample=True))
     monkeypatch.setitem(sys.modules, "soundfile", None)
-    with pytest.raises(ValueError, match=r"audio files need soundfile: pip install seawall\[media\]"):
+    with pytest.raises(ValueError, match=r"audio files need soundfile: pip install -e '.\[media\]'"):
         open_medium(path, ANY)

@@ -11,7 +11,7 @@ from datamodules.edge_speech import synthesize_online
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "edge_tts", None)
-    with pytest.raises(ValueError, match=r"build.speech=edge needs edge-tts: pip install seawall\[edge\]"):
+    with pytest.raises(ValueError, match=r"build.speech=edge needs edge-tts: pip install -e '.\[edge\]'"):
         synthesize_online("fold a kite", "en-US-AriaNeural", 180, 50)
 
 

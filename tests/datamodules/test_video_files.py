@@ -154,7 +154,7 @@ def test_few_frames_of_a_long_clip_are_not_too_much(tmp_path: Path) -> None:
 def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = video(tmp_path / "a.mp4", colours(2))
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ValueError, match=r"pip install seawall\[media\]"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[media\]'"):
         open_medium(path, ALL)
 
 

@@ -26,35 +26,27 @@ DETOXIFIER = [
     "detoxifier.evaluate=8", "detoxifier.max_new_tokens=8", *COMMON,
 ]  # fmt: skip
 LORA = ["backbone.full_finetune=false", "backbone.frozen_layers=1"]
+HEAD = ["detector.layers=[2]", "detector.folds=2", "detector.dropout=0"]
 CASES = {
-    "detector, all weights": (["detector.loss=bce_pairwise", *DETECTOR], "train_detector/detector/model"),
-    "detector, adapter": ([*DETECTOR, *LORA], "train_detector/detector/adapter_model"),
-    "detector, head": (
-        [*DETECTOR, "detector.layers=[2]", "detector.folds=2", "detector.dropout=0"],
-        "train_detector/detector/head",
+    "detector, adapter on fed features": ([*DETECTOR, *LORA], "train_detector/detector/adapter_model", "ddp"),
+    "detector, head": ([*DETECTOR, *HEAD], "train_detector/detector/head", "ddp"),
+    "detector, all weights": (
+        ["detector.loss=bce_pairwise", *DETECTOR],
+        "train_detector/detector/model",
+        "fsdp2",
     ),
-    "detoxifier, all weights": (DETOXIFIER, "train_detoxifier/detoxifier/model"),
-    "detoxifier, adapter": ([*DETOXIFIER, *LORA], "train_detoxifier/detoxifier/adapter_model"),
+    "detoxifier, adapter": ([*DETOXIFIER, *LORA], "train_detoxifier/detoxifier/adapter_model", "fsdp2"),
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
-def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, str]:
-    """Overrides, the run of one process, and where its weights lie."""
-    words, file = CASES[request.param]
-    run = tmp_path_factory.mktemp("text") / "one"
-    assert train.main(last_wins(*words, f"run_dir={run}")) == 0
-    return words, run, f"{file}.safetensors"
-
-
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("words", "file", "trainer"), CASES.values(), ids=CASES)
 def test_two_devices_give_the_weights_and_figures_of_one(
-    one: tuple[list[str], Path, str], tmp_path: Path, trainer: str
+    words: list[str], file: str, trainer: str, tmp_path: Path
 ) -> None:
-    words, run, file = one
-    two = tmp_path / "two"
+    run, two = tmp_path / "one", tmp_path / "two"
+    assert train.main(last_wins(*words, f"run_dir={run}")) == 0
     end(start(two, *words, f"trainer={trainer}", "trainer.devices=2"))
-    found, expected = load_file(two / file), load_file(run / file)
+    found, expected = (load_file(r / f"{file}.safetensors") for r in (two, run))
     assert found.keys() == expected.keys()
     assert max((found[k].float() - v.float()).abs().max().item() for k, v in expected.items()) < 2e-6
     ours, theirs = results(two), results(run)
