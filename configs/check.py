@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from configs.keys import Leaf, leaves, nearest
-from configs.schema import BENCHMARKS, STAGES, Api, Config, Evaluate, Protector
+from configs.schema import BENCHMARKS, MODALITIES, STAGES, Api, Config, Evaluate, Model, Protector
 
 PROJECT = Path(__file__).resolve().parent.parent
 """The checkout: paths in the shipped files are looked up here when the current directory has none of that name."""
@@ -52,12 +52,34 @@ def check(cfg: Config, paths: bool = True) -> None:
         raise ValueError("judge.max_cost needs judge.price_in and judge.price_out: what a million tokens cost")
     if cfg.media.frames is not None and cfg.media.fps is not None:
         raise ValueError("media.frames and media.fps are both set: one of them says which frames are taken")
+    _check_modality(cfg.model)
     _check_api("concepts.api", cfg.concepts.api)
     _check_api("judge.api", cfg.judge.api)
     _check_api("generator.api", cfg.generator.api)
     _check_api("build.scenes.api", cfg.build.scenes.api)
     if paths:
         _check_paths(cfg)
+
+
+def _check_modality(m: Model) -> None:
+    """A word that is not built in needs a plugin and the shape of its blank; nearly always it is a misspelling."""
+    if m.modality in MODALITIES:
+        if m.blank_shape:
+            raise ValueError(f"model.blank_shape: the blank of modality {m.modality} has other keys; leave it away")
+        return
+    if not m.plugin:
+        raise ValueError(
+            f"model.modality: got {m.modality!r}, {nearest(m.modality, MODALITIES)} (any other word needs "
+            "model.plugin, see docs/new-modality.md)"
+        )
+    # The word is the processor's keyword and the type of a message's part: not one that both have already.
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", m.modality) or m.modality in ("text", "images", "videos"):
+        raise ValueError(f"model.modality: got {m.modality!r}, expected a word of lower-case letters, digits and _")
+    if not m.blank_shape or min(m.blank_shape) < 1:
+        raise ValueError(
+            f"model.blank_shape: got {m.blank_shape}, expected the shape of one {m.modality} item, channels first: "
+            "model.blank_shape=[6,128]"
+        )
 
 
 def _check_shard(cfg: Config) -> None:
@@ -114,7 +136,10 @@ def _leave_out_training(cfg: Config) -> None:
 
 
 def _check_paths(cfg: Config) -> None:
-    # model.path stays as it was written, for embedding stores know their model by it; mllm.loading looks it up alike.
+    # model.path and model.plugin stay as they were written, for stores and runs know their model by them; mllm looks
+    # them up alike.
+    if cfg.model.plugin:
+        _existing("model.plugin", cfg.model.plugin)
     if not all(stage.startswith("pretrain_") for stage in cfg.stages):  # those make the model from nothing
         if cfg.model.make and locate(cfg.model.path) is None:
             raise ValueError(f"model.path: {cfg.model.path} is not there yet; make it with `{cfg.model.make}`")

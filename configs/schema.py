@@ -39,6 +39,9 @@ BENCHMARKS: dict[str, str | None] = {
 }
 """Name in `evaluate.benchmarks` -> the key of `evaluate` that says where it lies; None: drawn, it lies nowhere."""
 
+MODALITIES = ("image", "video", "audio")
+"""Modalities whose blank, media files and processor arguments are known; any other comes with `model.plugin`."""
+
 REQUIRED = "???"
 """Default of a key that a group file or the command line must set."""
 
@@ -102,7 +105,13 @@ class Model:
     name: str = doc("short name in reports", REQUIRED)
     path: str = doc("folder of the checkpoint, or hub id (owner/name)", REQUIRED)
     revision: str | None = doc("hub revision (a commit hash); null for a folder")
-    modality: str = doc("what E stands for", "image", choices=("image", "video", "audio"))
+    modality: str = doc(
+        "what E stands for: image, video, audio, or a word of your own (lower case), which needs model.plugin", "image"
+    )
+    plugin: str | None = doc(
+        "Python file, or folder with __init__.py, that registers model classes with transformers; from here or from "
+        "the project on. It is run: take none that you have not read (docs/new-modality.md)"
+    )
     projector: list[str] = doc("module path(s) of the projector P; E replaces its first argument", [])
     dtype: str = doc("dtype of the weights", "float32", choices=("float32", "bfloat16", "float16"))
     attn_implementation: str = doc("attention kernel", "sdpa", choices=("sdpa", "eager"))
@@ -115,7 +124,12 @@ class Model:
     prompts: Prompts = group(Prompts, "questions, targets and prefixes")
     blank_seconds: float = doc("audio: length of the silence that E starts from (s)", 10.0, low=0.1)
     max_seconds: float | None = doc("audio: longest clip that the model takes (s); a longer one is an error", low=0.1)
+    pad_seconds: float | None = doc("audio: shorter clips get silence at their end, up to this length (s)", low=0.1)
     blank_frames: int = doc("video: frames of the blank that E starts from", 8, low=1)
+    blank_shape: list[int] = doc(
+        "another modality: shape of the blank array (float32), channels first, e.g. [6,128]", []
+    )
+    blank_level: float = doc("another modality: the one value that fills the blank", 0.0)
 
 
 @dataclass
@@ -178,6 +192,7 @@ class Synthesis:
         "element",
         choices=("element", "embedding"),
     )
+    common: float = doc("the gradient's mean over positions is added to it so many times; 0 is the paper's", 0.0, low=0)
     max_steps: int = doc("step limit of one embedding", 200, low=1)
     warmup_steps: int = doc("steps of linear warm-up of each embedding", 0, low=0)
     lr_schedule: str = doc("after the warm-up", "constant", choices=("constant", "linear", "cosine"))
@@ -241,6 +256,7 @@ class Mixture:
     text: float = doc("text records", 1.0, low=0)
     prefixed: float = doc("embedding + SEA's prefix + neutral instruction", 0.0, low=0)
     plain: float = doc("embedding + neutral instruction, no prefix", 0.0, low=0)
+    alone: float = doc("embedding and no text, for media that can be the whole request (speech)", 0.0, low=0)
     reading: float = doc("replay: the description that an embedding was optimised for", 0.0, low=0)
     replay: float = doc("what the unaligned model answers to model.prompts.replay about an embedding", 0.0, low=0)
     harmful: float = doc(
@@ -394,7 +410,7 @@ class Evaluate:
 
     benchmarks: list[str] = doc("which benchmarks", ["micro"], choices=tuple(BENCHMARKS))
     variants: list[str] | None = doc("what to evaluate; null: base, all of align.variants, all of evaluate.adapters")
-    limit: int | None = doc("prompts of each benchmark, drawn by the seed; null takes all", low=1)
+    limit: int | None = doc("prompts of each task and kind of request, evenly spread; null takes all", low=1)
     batch_size: int = doc("prompts at once", 64, low=1, free=True)
     max_new_tokens: int = doc("longest answer (tokens)", 64, low=1)
     system_prompt: str | None = doc("system message in place of model.system_prompt")
@@ -452,7 +468,7 @@ class Trainer:
     accelerator: str = doc("kind of device", "auto", choices=("auto", "cpu", "gpu", "cuda", "mps", "tpu"), free=True)
     devices: int | str = doc("number of devices on a node, or auto", 1, free=True)
     num_nodes: int = doc("nodes", 1, low=1, free=True)
-    strategy: str = doc("auto, ddp, ...", "auto", free=True)
+    strategy: str = doc("auto, ddp, fsdp2, or another of Lightning's", "auto", free=True)
     precision: str = doc("32-true, bf16-mixed, bf16-true, ...; auto: bf16-mixed if native", "32-true")
     deterministic: bool = doc("refuse kernels that vary from run to run", False, free=True)
     log_every_n_steps: int = doc("steps between log rows", 10, low=1, free=True)
@@ -508,6 +524,7 @@ class Media:
     frames: int | None = doc("video: frames taken, evenly spaced; null: fps, else as many as the blank has", low=1)
     fps: float | None = doc("video: frames taken of each second, in place of frames", low=0.01)
     resample: bool = doc("audio: bring another sample rate to the model's; false: an error that names the file", False)
+    cut: bool = doc("audio: cut what is longer than model.max_seconds; false: an error that names the file", False)
     max_seconds: float = doc("longest clip (s)", 120.0, low=0.1)
     max_pixels: int = doc("largest picture or frame (pixels)", 89_478_485, low=1)
     max_megabytes: float = doc("largest file, and largest decoded clip", 1024.0, low=0.001)

@@ -5,6 +5,7 @@ An example is a prompt with a chosen and perhaps a rejected answer. Its *part* s
     text       the record's own question, no media
     prefixed   E + SEA's prefix + neutral instruction     (what SEA trains on)
     plain      E + neutral instruction
+    alone      E and no text: the medium is the whole request, as speech can be
     reading    E + the content question -> the description that E was optimised for (keeps the model reading)
     replay     E + another question -> what the unaligned model answers to it (keeps the model from drifting on it)
 
@@ -30,8 +31,8 @@ from datamodules.records import Record
 from mllm.branches import Item, split_shared
 from mllm.prompts import PromptEncoder
 
-Part = Literal["text", "prefixed", "plain", "reading", "replay"]
-PARTS: tuple[Part, ...] = ("text", "prefixed", "plain", "reading", "replay")
+Part = Literal["text", "prefixed", "plain", "alone", "reading", "replay"]
+PARTS: tuple[Part, ...] = ("text", "prefixed", "plain", "alone", "reading", "replay")
 Replays = Mapping[str, Sequence[tuple[str, str]]]
 """Id of an embedding -> (question, the unaligned model's answer)."""
 
@@ -96,31 +97,17 @@ def examples(
             continue
         concept = record.concept
         prefix = prompts.prefix_activity if concept.kind == "activity" else prompts.prefix_product
-        if "prefixed" in wanted:
-            question = f"{prefix.format(modality=modality)} {concept.instruction}"
-            out.append(
-                AlignmentExample(
-                    f"prefixed/{record.id}",
-                    "prefixed",
-                    record.harmful,
-                    question,
-                    record.chosen,
-                    record.rejected,
-                    record.id,
+        asked: dict[Part, str] = {
+            "prefixed": f"{prefix.format(modality=modality)} {concept.instruction}",
+            "plain": concept.instruction,
+            "alone": "",
+        }
+        for part, question in asked.items():
+            if part in wanted:
+                name = f"{part}/{record.id}"
+                out.append(
+                    AlignmentExample(name, part, record.harmful, question, record.chosen, record.rejected, record.id)
                 )
-            )
-        if "plain" in wanted:
-            out.append(
-                AlignmentExample(
-                    f"plain/{record.id}",
-                    "plain",
-                    record.harmful,
-                    concept.instruction,
-                    record.chosen,
-                    record.rejected,
-                    record.id,
-                )
-            )
         if "reading" in wanted:
             content = control_samples(concept, record.id, prompts, modality, seed).content
             out.append(

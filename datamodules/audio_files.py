@@ -101,7 +101,7 @@ def _check(file: Any, rules: MediaRules) -> None:
     if (seconds := file.frames / file.samplerate) > rules.max_seconds:
         raise _Refused(
             f"{seconds:.1f} s long, at most {rules.max_seconds:g} are taken; cut it (media.max_seconds, "
-            "model.max_seconds)"
+            "model.max_seconds), or set media.cut=true"
         )
     if (size := 4e-6 * file.frames * file.channels) > rules.max_megabytes:
         raise _Refused(f"{file.channels} channels of {file.frames} samples take {size:.0f} MB; mix it down first")

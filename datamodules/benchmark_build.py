@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from datamodules.audio_files import AudioClip
 from datamodules.durable import Journal, read_lines, write_durably
 from datamodules.media_files import MediaRules, Medium, decode_medium
@@ -174,7 +176,7 @@ def check_row(folder: Path, row: Row) -> str | None:
     if hashlib.sha256(data).hexdigest() != row["sha256"] or len(data) != row["bytes"]:
         return f"{path}: is not what was made (its SHA-256 differs); delete it and build again"
     modality = MODALITIES[path.suffix]
-    rules = MediaRules(modality, max_seconds=3600)  # type: ignore[arg-type]
+    rules = MediaRules(modality, max_seconds=3600)
     try:
         found = measure_video(data, path, rules) if modality == "video" else measures(decode_medium(data, path, rules))
     except ValueError as error:
@@ -193,6 +195,8 @@ def measures(medium: Medium) -> dict[str, Any]:
         return {"seconds": round(medium.seconds, 6), "frames": frames, "width": width, "height": height}
     if isinstance(medium, AudioClip):
         return {"seconds": round(medium.seconds, 6), "sample_rate": medium.sample_rate}
+    if isinstance(medium, np.ndarray):
+        return {"shape": list(medium.shape)}
     return {"width": medium.width, "height": medium.height}
 
 

@@ -15,13 +15,15 @@ from datamodules.micro_media import micro_medium
 from datamodules.micro_world import N_FORMS, NEUTRAL, phrases, question
 
 
-def micro_benchmark(prompts: Prompts, seed: int = 0, modality: str = "image") -> list[BenchmarkPrompt]:
+def micro_benchmark(
+    prompts: Prompts, seed: int = 0, modality: str = "image", plugin: str | None = None
+) -> list[BenchmarkPrompt]:
     """112 harmful and 112 benign held-out phrases in each of three tasks, and a reading question for every medium.
 
     Tasks: text_only, `<modality>_plain`, `<modality>_prefixed`. The wording cycles through the forms; style, place and
     noise are drawn by the seed and the phrase.
     """
-    medium = micro_medium(modality)
+    medium = micro_medium(modality, plugin)
     plain, prefixed = f"{modality}_plain", f"{modality}_prefixed"
     out: list[BenchmarkPrompt] = []
     for phrase in phrases("heldout"):
@@ -52,11 +54,13 @@ def micro_benchmark(prompts: Prompts, seed: int = 0, modality: str = "image") ->
     return out
 
 
-def micro_tasks(prompts: Prompts, seed: int = 0, modality: str = "video") -> list[BenchmarkPrompt]:
+def micro_tasks(
+    prompts: Prompts, seed: int = 0, modality: str = "video", plugin: str | None = None
+) -> list[BenchmarkPrompt]:
     """The same phrases in the forms of VA-SafetyBench's tasks that the medium knows, with the neutral question beside
     them, or with nothing where the medium is the whole prompt.
     """
-    medium = micro_medium(modality)
+    medium = micro_medium(modality, plugin)
     out: list[BenchmarkPrompt] = []
     for task in medium.tasks:
         for phrase in phrases("heldout"):

@@ -5,7 +5,8 @@ image, spoken, shown as a clip. Each medium has two splits of its own: `test=Tru
 training medium has (positions and sizes, voices), so that the benchmark never shows what was trained on.
 
 To add a medium: a module `datamodules/micro_<medium>.py` whose `MEDIUM` satisfies `MicroMedium`; its line in
-`_MODULES`; and the model that reads it, as `mllm/micro_<family>.py` (mllm/micro_blueprints.py).
+`_MODULES`; and the model that reads it, as `mllm/micro_<family>.py` (mllm/micro_blueprints.py). Outside of the project
+both stand in the user's plugin (mllm/plugins.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from datamodules.micro_stream import Stream
 from datamodules.micro_world import FIRST_WORDS, OBJECTS, Phrase
+from mllm.plugins import has_parts, load_plugin
 
 _MODULES = {
     "image": "datamodules.micro_pages",
@@ -67,7 +69,7 @@ class MicroMedium(Protocol):
         """The words in one of `styles`, as mllm/media.py wants the modality's media; all draws are `rng`'s."""
 
     def draw_task(self, task: str, phrase: Phrase, style: str, rng: random.Random) -> Any:
-        """The phrase as one of `tasks` has it, under test conditions."""
+        """The phrase as one of `tasks` has it, under test conditions; of no use to a medium that has none."""
 
     def blanks(self, n: int) -> list[Any]:
         """`n` different media that show nothing; the first need not be the blank of `model.blank_*`."""
@@ -90,9 +92,17 @@ def caption_sizes(medium: MicroMedium) -> tuple[int, int, int]:
     return len(FIRST_WORDS) + 1, len(OBJECTS) + 1, len(medium.styles) + 1
 
 
-def micro_medium(modality: str) -> MicroMedium:
+def micro_medium(modality: str, plugin: str | None = None) -> MicroMedium:
     """Raises ValueError for a modality that the micro world is not rendered in."""
-    if modality not in _MODULES:
+    if modality not in _MODULES and plugin is None:
         raise ValueError(f"model.modality={modality}: the micro world has {', '.join(_MODULES)}")
-    medium: MicroMedium = importlib.import_module(_MODULES[modality]).MEDIUM
+    if modality in _MODULES:
+        module = importlib.import_module(_MODULES[modality])
+    else:
+        assert plugin is not None
+        module = load_plugin(plugin)
+        has_parts(module, plugin, ("MEDIUM",), "the micro world (evaluate.benchmarks=[micro], data=micro)")
+    medium: MicroMedium = module.MEDIUM
+    if medium.modality != modality:
+        raise ValueError(f"model.plugin={plugin}: its MEDIUM is of modality {medium.modality}, the model of {modality}")
     return medium

@@ -23,9 +23,11 @@ ABOUT_PICTURES = ("describe", "style", "verify", "read")
 SORRY = (REFUSAL, "I cannot help with that.", "I cannot help with that, sorry.")
 
 
-def micro_pairs(phrase: Phrase, prompts: Prompts, seed: int, modality: str = "image") -> list[QAPair]:
+def micro_pairs(
+    phrase: Phrase, prompts: Prompts, seed: int, modality: str = "image", plugin: str | None = None
+) -> list[QAPair]:
     """Requests with a compliant and a declining answer, and descriptions with a declining one."""
-    rng, medium = random.Random(f"{seed}/{phrase.id}"), micro_medium(modality)
+    rng, medium = random.Random(f"{seed}/{phrase.id}"), micro_medium(modality, plugin)
     pairs = []
     for kind in (*REQUESTS, *ABOUT_PICTURES):
         asked, said, _ = lesson(kind, phrase, rng.choice(medium.styles), rng.randrange(N_FORMS), prompts, medium)
@@ -37,12 +39,14 @@ def micro_pairs(phrase: Phrase, prompts: Prompts, seed: int, modality: str = "im
     return pairs
 
 
-def micro_parts(prompts: Prompts, seed: int, validation: float, modality: str = "image") -> dict[Part, list[QAPair]]:
+def micro_parts(
+    prompts: Prompts, seed: int, validation: float, modality: str = "image", plugin: str | None = None
+) -> dict[Part, list[QAPair]]:
     """All phrases of the closed world, by part."""
     parts: dict[Part, list[QAPair]] = {part: [] for part in get_args(Part)}
     for phrase in phrases("train"):
         part = split_of(phrase.id, seed, 0.0, validation)
-        parts["val" if part == "val" else "train"] += micro_pairs(phrase, prompts, seed, modality)
+        parts["val" if part == "val" else "train"] += micro_pairs(phrase, prompts, seed, modality, plugin)
     for phrase in phrases("heldout"):
-        parts["test"] += micro_pairs(phrase, prompts, seed, modality)
+        parts["test"] += micro_pairs(phrase, prompts, seed, modality, plugin)
     return parts

@@ -17,13 +17,15 @@ from datamodules.micro_world import N_FORMS, NEUTRAL, phrases, question
 NAME = "micro_utility"
 
 
-def micro_utility(prompts: Prompts, seed: int = 0, modality: str = "image") -> list[BenchmarkPrompt]:
+def micro_utility(
+    prompts: Prompts, seed: int = 0, modality: str = "image", plugin: str | None = None
+) -> list[BenchmarkPrompt]:
     """Four prompts about each harmless held-out phrase, and the first two about each harmful one.
 
     Tasks: `words` (which words are in the medium) and `style` (which of its styles), both reading questions with one
     right answer; `<modality>_steps` and `text_steps`, requests to be answered with steps that name the phrase.
     """
-    medium = micro_medium(modality)
+    medium = micro_medium(modality, plugin)
     out: list[BenchmarkPrompt] = []
     for phrase in phrases("heldout"):
         rng = random.Random(f"{seed}/{NAME}/{phrase.id}")

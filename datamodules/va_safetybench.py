@@ -153,5 +153,5 @@ def _medium(root: Path, kind: Kind, question: Question, task: str) -> Path:
             return inside(root, path, question.where)
     raise ValueError(
         f"{paths[0]}: no such file, named by {question.where}; download the media of VA-SafetyBench, or build them: "
-        f"python train.py experiment=build_va_safetybench_{kind}; or leave the task {task} out"
+        f"python train.py experiment=build_va_safetybench_{kind}; or leave the task {task} away (evaluate.tasks)"
     )

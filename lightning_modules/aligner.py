@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from configs.schema import AlignVariant
 from datamodules.alignment import AlignmentBatch, chunks
@@ -25,6 +26,7 @@ from lightning_modules.losses import token_logps
 from lightning_modules.optimisation import adamw, keep_trained, trained
 from mllm.branches import BranchForward, BranchLogits, Item
 from mllm.loading import MLLM
+from mllm.sharding import gathered, is_sharded, shard, shared_weights
 
 
 def trainable_model(mllm: MLLM, variant: AlignVariant) -> nn.Module:
@@ -80,6 +82,7 @@ class Aligner(L.LightningModule, ABC):
         self.noise, self.attack_radius, self.calm_steps = noise, attack_radius, calm_steps
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds the trained weights only
+        self.lockstep = False  # every rank runs as many passes as the one with the most: sharded weights need it
         self.model = model
         self.anchor = mllm.anchor
         self.forward_branches = BranchForward(model, mllm.anchor)
@@ -102,34 +105,56 @@ class Aligner(L.LightningModule, ABC):
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         logs: dict[str, Any] = {}
         loss_sum = torch.zeros((), device=self.device)
-        for items, E, ids in chunks(self.with_noise(batch), self.micro_batch_size):
+        parts = list(chunks(self.with_noise(batch), self.micro_batch_size))
+        missing = self.passes_missing(parts)  # before the first pass: the ranks ask each other
+        for items, E, ids in parts:
             loss, sums = self.micro_backward(items, E, ids, total)
             loss_sum += loss
             for key, value in sums.items():
                 logs[key] = logs.get(key, 0.0) + value
+        for _ in range(missing):
+            self.backward_pass(self.micro_step(*parts[-1], total)[0] * 0)
         self.average_gradients()
         if self.grad_clip:
             norm = nn.utils.clip_grad_norm_(trained(self), self.grad_clip)
-            logs["grad_norm"] = norm
+            logs["grad_norm"] = gathered(norm)
         optimizer.step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self.log_dict({f"align/{k}": v for k, v in logs.items()}, batch_size=1, sync_dist=True)
         self.log("align/loss", loss_sum, prog_bar=True, batch_size=1, sync_dist=True)
         return loss_sum
 
+    def backward_pass(self, loss: torch.Tensor) -> None:
+        """Of one micro-batch; under lockstep every rank sends the same gradients."""
+        if self.lockstep and not isinstance(self.model, PeftModel):
+            loss = loss + shared_weights(self.model)
+        self.manual_backward(loss)
+
+    def passes_missing(self, parts: Sequence[tuple[Any, Any, Any]]) -> int:
+        """How many forward and backward passes of this step other ranks have more than this one."""
+        if not self.lockstep or self.trainer.world_size == 1:
+            return 0
+        mine = torch.tensor(sum(2 if self.attacks(E) else 1 for _, E, _ in parts), device=self.device)
+        most = mine.clone()
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return int(most - mine)
+
+    def attacks(self, E: Mapping[str, torch.Tensor] | None) -> bool:
+        return E is not None and self.attack_radius > 0 and self.global_step >= self.calm_steps
+
     def micro_backward(
         self, items: list[Item], E: Mapping[str, torch.Tensor] | None, ids: list[str], total: float
     ) -> tuple[torch.Tensor, dict[str, float | torch.Tensor]]:
         """Adds the gradient of one micro-batch; returns its loss, detached, and the sums for the log."""
-        if E is None or not self.attack_radius or self.global_step < self.calm_steps:
+        if E is None or not self.attacks(E):
             loss, sums = self.micro_step(items, E, ids, total)
-            self.manual_backward(loss)
+            self.backward_pass(loss)
             return loss.detach(), sums
         E = {path: e.to(self.device).detach().requires_grad_() for path, e in E.items()}
         clean, sums = self.micro_step(items, E, ids, total)
-        self.manual_backward(clean / 2)
+        self.backward_pass(clean / 2)
         attacked, _ = self.micro_step(items, self.attacked(E, ids[: len(items)]), ids, total)
-        self.manual_backward(attacked / 2)
+        self.backward_pass(attacked / 2)
         return (clean + attacked).detach() / 2, {**sums, "attacked_loss": attacked.detach()}
 
     def attacked(self, E: Mapping[str, torch.Tensor], ids: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -157,12 +182,20 @@ class Aligner(L.LightningModule, ABC):
             return
         grads = []
         for p in trained(self):
+            if is_sharded(p):  # averaged with every backward pass
+                continue
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             grads.append(p.grad)
         for work in [torch.distributed.all_reduce(grad, async_op=True) for grad in grads]:
             work.wait()
         for grad in grads:
             grad.div_(self.trainer.world_size)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Called by the strategy before the first step: the weights in shards over the ranks of `mesh`."""
+        self.forward_branches.settle()
+        shard(self.model, mesh, self.anchor.encoder_modules.values())
+        self.lockstep = True
 
     def with_noise(self, batch: AlignmentBatch) -> AlignmentBatch:
         """Gaussian noise on E, in units of the RMS of the blank's; a function of the step, so resuming repeats it."""
@@ -195,9 +228,16 @@ class Aligner(L.LightningModule, ABC):
     ) -> AlignmentBatch:
         return batch  # items are planned on the CPU, E moves micro-batch by micro-batch
 
-    def export(self, folder: str, merge: bool = False) -> None:
-        """The PEFT adapter (or, fully fine-tuned or merged, the whole model) as safetensors in `folder`."""
-        if isinstance(self.model, PeftModel) and merge:
-            self.model.merge_and_unload().save_pretrained(folder)
-        else:
-            self.model.save_pretrained(folder)  # type: ignore[operator]
+    def whole_weights(self) -> dict[str, Any] | None:
+        """All weights of a sharded, fully fine-tuned model, whole and on the CPU, tied ones once; None for others. A
+        collective."""
+        if isinstance(self.model, PeftModel) or not any(map(is_sharded, self.model.parameters())):
+            return None
+        once = {id(p): name for name, p in reversed(self.model.state_dict(keep_vars=True).items())}
+        weights: dict[str, Any] = gathered({n: p for n, p in self.model.state_dict().items() if n in once.values()})
+        return weights
+
+    def export(self, folder: str, weights: Mapping[str, Any] | None = None) -> None:
+        """The PEFT adapter (or, fully fine-tuned, the whole model) as safetensors in `folder`."""
+        given = {} if weights is None else {"state_dict": weights}
+        self.model.save_pretrained(folder, **given)  # type: ignore[operator]

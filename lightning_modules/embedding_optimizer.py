@@ -90,7 +90,7 @@ class EmbeddingOptimizer(L.LightningModule):
         noise: Gaussian noise on E in every forward, in units of the same RMS. An embedding that holds under noise
             lies in a wide basin and answers other questions as well (docs/LOG.md); 0 is the paper's.
         margin: lead over the runner-up, in logits, that every target token must have.
-        second_moment: of the optimiser, `SlotAdam`'s.
+        second_moment, common: of the optimiser, `SlotAdam`'s.
         retries: fresh starts from a noisy blank after `max_steps`.
         shared_prefix: compute the prefix of the two samples once (False: two plain rows, the oracle).
     """
@@ -111,6 +111,7 @@ class EmbeddingOptimizer(L.LightningModule):
         noise: float = 0.0,
         retries: int = 1,
         second_moment: SecondMoment = "element",
+        common: float = 0.0,
         shared_prefix: bool = True,
         seed: int = 0,
     ) -> None:
@@ -125,7 +126,7 @@ class EmbeddingOptimizer(L.LightningModule):
         self.lr, self.betas, self.max_steps, self.margin = lr, (betas[0], betas[1]), max_steps, margin
         self.style_weight, self.init_noise, self.noise = style_weight, init_noise, noise
         self.retries, self.seed = retries, seed
-        self.shared_prefix, self.second_moment = shared_prefix, second_moment
+        self.shared_prefix, self.second_moment, self.common = shared_prefix, second_moment, common
         self.factor = schedule(lr_schedule, warmup_steps, max_steps)
         self.tensors = SlotTensors(mllm.anchor.E0_by_path, max(1, min(slots, self.total)))
         self.table: list[Slot | None] = [None] * len(self.tensors.values[0])
@@ -146,7 +147,14 @@ class EmbeddingOptimizer(L.LightningModule):
 
     def configure_optimizers(self) -> SlotAdam:
         return SlotAdam(
-            list(self.tensors.values), self.tensors.scales, self.lr, self.betas, 1e-8, self.factor, self.second_moment
+            list(self.tensors.values),
+            self.tensors.scales,
+            self.lr,
+            self.betas,
+            1e-8,
+            self.factor,
+            self.second_moment,
+            self.common,
         )
 
     def training_step(self, batch: object, batch_idx: int) -> None:

@@ -57,19 +57,23 @@ class SlotAdam(Optimizer):
         eps: float = 1e-8,
         factor: Schedule | None = None,
         second_moment: SecondMoment = "element",
+        common: float = 0.0,
     ) -> None:
         """
         Args:
             scales: unit of the learning rate for each parameter (the RMS of the blank's embedding).
             second_moment: "element" is Adam's; "embedding" keeps the mean square of each embedding's whole gradient, so
                 that a step has the gradient's direction and only its length is normalised.
+            common: so many times the gradient's mean over positions (the last axis but one) is added to it everywhere.
+                An encoder with global attention tells at every position what the whole medium shows: E changes more
+                alike in all of them (docs/LOG.md). 0 is Adam's.
         """
         super().__init__([{"params": [p], "scale": s} for p, s in zip(params, scales, strict=True)], {"lr": lr})
         self.betas, self.eps, self.factor = betas, eps, factor or (lambda age: 1.0)
         slots = params[0].shape[0]
         self.ages = [0] * slots
         self.active = list(range(slots))
-        self.whole = second_moment == "embedding"
+        self.whole, self.common = second_moment == "embedding", common
         for p in params:
             square = p.new_zeros(slots, *[1] * (p.dim() - 1)) if self.whole else torch.zeros_like(p)
             self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": square}
@@ -98,6 +102,8 @@ class SlotAdam(Optimizer):
             state = self.state[p]
             rows = slice(None) if every else torch.tensor(self.active, device=p.device)
             m, v, g = state["exp_avg"][rows], state["exp_avg_sq"][rows], p.grad[rows]
+            if self.common:
+                g = g + self.common * g.mean(-2, keepdim=True)
             m = torch.lerp(m, g, 1 - beta1)
             square = g.square().mean(tuple(range(1, g.dim())), keepdim=True) if self.whole else g.square()
             v = torch.lerp(v, square, 1 - beta2)

@@ -41,14 +41,16 @@ class Anchor:
         model: a multimodal causal language model. It may be wrapped by PEFT before or after the anchor is made.
         projector: module path of the projector from the transformers model on, e.g. `model.multi_modal_projector`; a
             list of paths where several modules read the encoder (Qwen3-VL: the merger and every deepstack merger).
+        modality: where it is not image, video, audio or speech: the config's `<modality>_token_id` counts as well.
 
     Raises:
         ValueError: a path names no module (the message lists close matches).
     """
 
-    def __init__(self, model: nn.Module, projector: str | Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, projector: str | Sequence[str], modality: str = "") -> None:
         self.base: Any = base_model(model)
         self.projectors = (projector,) if isinstance(projector, str) else tuple(projector)
+        self.modality = modality
         self._bare = isinstance(projector, str)  # a str: E0 is a tensor; a list: a mapping from path to tensor
         if not self.projectors or len(set(self.projectors)) < len(self.projectors):
             raise ValueError(f"projector: got {list(self.projectors)}, expected one or more different module paths")
@@ -83,7 +85,7 @@ class Anchor:
                     f"record: {type(self.base).__name__} reads {name}, but got only {sorted(blank_inputs)}; "
                     "pass everything that the processor returns"
                 )
-        blank = Blank(blank_inputs, self.base.config)
+        blank = Blank(blank_inputs, self.base.config, self.modality)
         trace = Trace(self.base, self.projectors)
         with evaluating(self.base), torch.no_grad(), trace:
             output = self.base(**blank_inputs)

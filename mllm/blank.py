@@ -17,7 +17,7 @@ TYPE_INPUTS = ("mm_token_type_ids", "token_type_ids")
 # Inputs that describe the text or the call. All others describe the media.
 _TEXT_INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", *TYPE_INPUTS}
 _CALL_INPUTS = {"use_cache", "cache", "past_key_values", "cache_position", "logits_to_keep", "return_dict"}
-_MEDIA_TOKEN = re.compile(r"^(image|video|audio|speech)_token_(id|index)$")
+_MEDIA_TOKEN = r"(image|video|audio|speech{own})_token_(id|index)"
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,14 @@ class Blank:
 
     Args:
         inputs: what the processor returned for it.
-        config: the model's; it names the media tokens.
+        config: the model's; it names the media tokens: `image_token_id`, `audio_token_index` and the like.
+        modality: one more word that may stand there (`motion` for `motion_token_id`); "" for none.
 
     Raises:
         ValueError: not exactly one row of `input_ids`, or text tokens of several types (a prompt with its answer).
     """
 
-    def __init__(self, inputs: Mapping[str, Any], config: Any) -> None:
+    def __init__(self, inputs: Mapping[str, Any], config: Any, modality: str = "") -> None:
         ids = inputs.get("input_ids")
         if ids is None or ids.dim() != 2 or len(ids) != 1:
             got = "nothing" if ids is None else tuple(ids.shape)
@@ -45,7 +46,9 @@ class Blank:
         self.ids: Tensor = ids[0].cpu()
         self.media = {k: v for k, v in inputs.items() if k not in _TEXT_INPUTS | _CALL_INPUTS}
         self.text = {k: v for k, v in inputs.items() if k not in self.media}
-        named = {v for k, v in vars(config).items() if _MEDIA_TOKEN.match(k) and isinstance(v, int)}
+        # Not every `*_token_id`: those of pad, bos and eos, and of marks around the media, stand for no media.
+        attribute = re.compile(_MEDIA_TOKEN.format(own=f"|{re.escape(modality)}" if modality else ""))
+        named = {v for k, v in vars(config).items() if attribute.fullmatch(k) and isinstance(v, int)}
         self.media_token_ids = frozenset(named & set(self.ids.tolist()))
         self._types = {name: self._learn(name, inputs[name][0].cpu()) for name in TYPE_INPUTS if name in inputs}
         self._constant = False

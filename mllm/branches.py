@@ -86,7 +86,11 @@ class BranchForward:
         if anchor is not None and anchor.base is not self.base:
             raise ValueError("anchor: made for another model than the one given; make both from the same one")
         if anchor is not None and not anchor.media_token_ids:
-            raise ValueError(f"{self._name}: none of the media tokens that its config names is in the recorded prompt")
+            wanted = f"image_token_id or {anchor.modality or 'audio'}_token_id"
+            raise ValueError(
+                f"{self._name}: none of the media tokens that its config names is in the recorded prompt; the config "
+                f"must have the placeholder's id, for instance as {wanted}"
+            )
         if self.base.get_output_embeddings() is None:
             raise ValueError(f"{self._name} has no output embedding, expected a causal language model")
         self._layouts = PrefixLayouts(self.base, anchor)
@@ -117,6 +121,13 @@ class BranchForward:
         if shared and off and self.mode != "plain":
             self._tell(off)
         return self._plain(items, media) if off or not shared else self._packed(items, media)
+
+    def settle(self) -> None:
+        """Tries the packed form now, on text and on the blank, where `plan` would do so when it first meets one. Ranks
+        that share a model's shards must not each do it in their own time."""
+        for media in (False, True) if self.anchor is not None else (False,):
+            if not self.packed_off and self.mode == "auto" and media not in self._tried:
+                self._try_packed(media)
 
     def plan_text(self, items: Sequence[Item], shared: bool = True) -> Plan:
         """`plan` for items that must all be without media; its forward takes no E."""

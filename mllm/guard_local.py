@@ -26,7 +26,7 @@ from mllm.media import media_arguments, sampling_rate
 from mllm.prompts import encode_text
 
 PARTS = {"image": "image_url", "audio": "input_audio"}
-"""What a request calls the medium of each modality; OpenAI knows no part for a video."""
+"""What a request calls the medium of each modality; OpenAI knows no part for a video, nor for any other."""
 SUPPORTED = {"max_tokens", "max_completion_tokens", "temperature", "top_p", "user", "metadata", "safety_identifier"}
 
 
@@ -76,8 +76,13 @@ class Local:
             for part in parts:
                 if part["type"] == "text":
                     continue
-                if part["type"] != PARTS.get(self._mllm.spec.modality):
-                    raise RequestError(400, f"this model takes {self._mllm.spec.modality} parts only", "messages")
+                modality = self._mllm.spec.modality
+                if modality not in PARTS:
+                    raise RequestError(
+                        400, f"this server takes no media of modality {modality}: text alone", "messages"
+                    )
+                if part["type"] != PARTS[modality]:
+                    raise RequestError(400, f"this model takes {modality} parts only", "messages")
 
     async def complete(self, chat: Chat) -> Piece:
         job = await asyncio.to_thread(self._job, chat)

@@ -1,7 +1,8 @@
 """Loads a multimodal LLM from its configuration: model, processor, anchor and prompt encoder in one bundle.
 
 A family is described by `configs/model/*.yaml` alone: path, projector, modality, prompts, LoRA targets. Only
-safetensors are read and remote code is never run.
+safetensors are read and remote code is never run; classes that transformers lacks come from `model.plugin`, a file of
+the user's own (mllm/plugins.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from configs.schema import Model
 from mllm.anchor import Anchor
 from mllm.fingerprint import fingerprint
 from mllm.media import blank_medium, media_arguments
+from mllm.plugins import load_plugin
 from mllm.prompts import PromptEncoder
 from mllm.video_processing import register
 
@@ -66,8 +68,11 @@ def load(spec: Model, device: torch.device | str = "cpu") -> MLLM:
     """The model in evaluation mode, every weight frozen, its anchor recorded.
 
     Raises:
-        ValueError: the checkpoint is missing, has no safetensors, or the projector path is wrong.
+        ValueError: the checkpoint is missing, has no safetensors, or the projector path is wrong; the plugin is
+            missing or fails.
     """
+    if spec.plugin:
+        load_plugin(spec.plugin)
     source = checkpoint(spec.path)
     register()
     disable_progress_bar()  # a bar for every load, in the middle of our own
@@ -94,7 +99,7 @@ def assemble(model: PreTrainedModel, processor: ProcessorMixin, spec: Model) -> 
     model.eval().requires_grad_(False)
     blank = media_arguments(spec, processor, [blank_medium(spec, processor)])
     prompts = PromptEncoder(processor, spec.modality, blank, end_ids(model, processor), spec.system_prompt)
-    anchor = Anchor(model, spec.projector)
+    anchor = Anchor(model, spec.projector, spec.modality)
     question = spec.prompts.style.format(modality=spec.modality)
     anchor.record(**to_device(prompts.blank_inputs(question), model.device))
     return MLLM(model, processor, anchor, prompts, spec, fingerprint(model))

@@ -3,9 +3,10 @@
     image   a PIL image
     video   its frames, uint8 [n, height, width, 3] (RGB)
     audio   float32 [n] in -1..1, mono, at the rate of the processor's feature extractor (Hz)
+    other   float32 of as many axes as `model.blank_shape`, channels first; the processor takes a list of them under the
+            modality's own name
 
-The blank of a modality is what E starts from (SEA, arXiv 2502.12562): a grey image, a
-grey clip, silence.
+The blank of a modality is what E starts from (SEA, arXiv 2502.12562): a grey image, a grey clip, silence, a constant.
 """
 
 from __future__ import annotations
@@ -17,19 +18,15 @@ import numpy as np
 from PIL import Image
 from transformers import ProcessorMixin
 
-from configs.schema import Model
+from configs.schema import MODALITIES, Model
 
-MEDIA_ARGUMENT = {"image": "images", "video": "videos", "audio": "audio"}  # content type -> processor argument
+MEDIA_ARGUMENT = {"image": "images", "video": "videos"}  # modality -> processor argument, where the names differ
 MIN_SECONDS = 0.1
 """Of a clip shorter than 0.02 to 0.04 s some families make no token at all, and say nothing."""
 
 
 def blank_medium(spec: Model, processor: ProcessorMixin) -> Any:
-    """What E starts from.
-
-    Raises:
-        ValueError: this version has no blank for the modality.
-    """
+    """What E starts from."""
     width, height = spec.blank_size
     if spec.modality == "image":
         return Image.new("RGB", (width, height), (spec.blank_value,) * 3)
@@ -37,7 +34,7 @@ def blank_medium(spec: Model, processor: ProcessorMixin) -> Any:
         return np.zeros(round(spec.blank_seconds * sampling_rate(processor)), np.float32)
     if spec.modality == "video":
         return np.full((spec.blank_frames, height, width, 3), spec.blank_value, np.uint8)
-    raise ValueError(f"model.modality={spec.modality}: only image, video and audio are supported by this version")
+    return np.full(spec.blank_shape, spec.blank_level, np.float32)
 
 
 def sampling_rate(processor: ProcessorMixin) -> int:
@@ -50,17 +47,38 @@ def media_arguments(spec: Model, processor: ProcessorMixin, media: Sequence[Any]
 
     Raises:
         ValueError: an audio clip is no mono waveform, too short, or longer than `model.max_seconds`; a video is no
-            array of frames.
+            array of frames; a medium of another modality is no array like the blank.
     """
-    arguments: dict[str, Any] = {MEDIA_ARGUMENT[spec.modality]: list(media)}
+    arguments: dict[str, Any] = {MEDIA_ARGUMENT.get(spec.modality, spec.modality): list(media)}
     if spec.modality == "audio":
         arguments["sampling_rate"] = sampling_rate(processor)
         for number, clip in enumerate(media):
             check_clip(clip, arguments["sampling_rate"], spec.max_seconds, f"clip {number + 1} of {len(media)}")
+        shortest = round((spec.pad_seconds or 0) * arguments["sampling_rate"])
+        arguments["audio"] = [np.pad(clip, (0, max(0, shortest - len(clip)))) for clip in media]
     if spec.modality == "video":
         for number, frames in enumerate(media):
             check_frames(frames, f"video {number + 1} of {len(media)}")
+    if spec.modality not in MODALITIES:
+        for number, array in enumerate(media):
+            check_array(array, spec.blank_shape, f"{spec.modality} {number + 1} of {len(media)}")
     return arguments
+
+
+def check_array(array: Any, blank_shape: Sequence[int], name: str) -> None:
+    """Raises ValueError, naming the medium, unless it is float32, of the blank's axes and channels, finite.
+
+    The other axes may have any length: what the model takes of them its processor says.
+    """
+    axes = ", ".join(["..."] * (len(blank_shape) - 1))
+    expected = f"float32 of shape ({blank_shape[0]}, {axes}), as the blank (model.blank_shape)"
+    if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+        got = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueError(f"{name}: {got}, expected {expected}: array.astype(numpy.float32)")
+    if array.ndim != len(blank_shape) or array.shape[0] != blank_shape[0] or not array.size:
+        raise ValueError(f"{name}: shape {array.shape}, expected {expected}: turn its axes, or take the channels apart")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: not all of its values are finite numbers; mend or leave out what was not measured")
 
 
 def check_frames(frames: Any, name: str) -> None:

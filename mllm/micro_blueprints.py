@@ -2,7 +2,8 @@
 
 A blueprint is a module `mllm/micro_<family>.py` with the four functions of `Blueprint`. The stages `pretrain_tower` and
 `pretrain_language` (experiment=pretrain_micro*) know nothing else of a family. To add one: write the module, add its
-name below, and give `datamodules/micro_media.py` the medium that it reads.
+name below, and give `datamodules/micro_media.py` the medium that it reads. Of a modality that is not built in, the
+user's plugin (mllm/plugins.py) is the blueprint.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
+
+from mllm.plugins import has_parts, load_plugin
 
 _MODULES = {"image": "mllm.micro_llava", "video": "mllm.micro_qwen2_vl", "audio": "mllm.micro_qwen2_audio"}
 
@@ -34,8 +37,12 @@ class Blueprint(Protocol):
         M's output (the projector's input). `inputs` come from the medium's `tower_inputs` or its training batches."""
 
 
-def blueprint(modality: str) -> Blueprint:
-    """Raises ValueError for a modality without an embedded model."""
-    if modality not in _MODULES:
+def blueprint(modality: str, plugin: str | None = None) -> Blueprint:
+    """Raises ValueError for a modality without an embedded model, or a plugin that is none."""
+    if modality in _MODULES:
+        return cast(Blueprint, importlib.import_module(_MODULES[modality]))
+    if plugin is None:
         raise ValueError(f"model.modality={modality}: no embedded model, expected one of {', '.join(_MODULES)}")
-    return cast(Blueprint, importlib.import_module(_MODULES[modality]))
+    module = load_plugin(plugin)
+    has_parts(module, plugin, ("build_processor", "build_model", "tower", "states"), "pretraining")
+    return cast(Blueprint, module)

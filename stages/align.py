@@ -6,12 +6,13 @@ encoder never runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 import torch
+from peft import PeftModel
 
 from callbacks.interruption import checkpoints, last_checkpoint
 from callbacks.progress import Progress
@@ -87,8 +88,9 @@ def align_variant(cfg: Config, run: Run, name: str, variant: AlignVariant) -> No
         "steps": variant.steps,
         "trained_parameters": trained,
     }
+    weights = module.whole_weights()
     if run.leader:
-        export(stage, mllm, module, variant)
+        export(cfg, stage, module, variant, weights)
         card = model_card(cfg, name, variant, result, versions())
         write_durably(adapter_path(run.path, name) / "README.md", card.encode())
     stage.finish(result)
@@ -146,12 +148,17 @@ def fit(
     fitting.fit(module, data, ckpt_path=last_checkpoint(folder), weights_only=True)
 
 
-def export(stage: Stage, mllm: MLLM, module: Aligner, variant: AlignVariant) -> None:
+def export(
+    cfg: Config, stage: Stage, module: Aligner, variant: AlignVariant, weights: Mapping[str, Any] | None
+) -> None:
     """The adapter (or the fine-tuned model), and with `merge` the full checkpoint."""
-    module.export(str(stage.folder / "adapter"))
+    folder = stage.folder / "adapter"
+    module.export(str(folder), weights)
     if variant.merge and not variant.full_finetune:
-        module.export(str(stage.folder / "merged"), merge=True)
-        mllm.processor.save_pretrained(stage.folder / "merged")
+        whole = load(cfg.model)  # the trained one may be in shards
+        merged = PeftModel.from_pretrained(whole.model, folder).merge_and_unload()
+        merged.save_pretrained(stage.folder / "merged")
+        whole.processor.save_pretrained(stage.folder / "merged")
 
 
 def reference(

@@ -9,6 +9,7 @@ from configs.keys import nearest
 from configs.schema import BENCHMARKS, Config
 from datamodules.benchmarks import READERS, BenchmarkPrompt
 from datamodules.micro_benchmark import micro_benchmark, micro_tasks
+from datamodules.micro_media import micro_medium
 from datamodules.micro_utility import micro_utility
 
 MODALITY = {
@@ -32,6 +33,28 @@ def benchmark_prompts(cfg: Config) -> list[BenchmarkPrompt]:
             the model does not take.
     """
     return [prompt for name in cfg.evaluate.benchmarks for prompt in _limited(_chosen(cfg, name), cfg.evaluate.limit)]
+
+
+def check_drawn(cfg: Config) -> None:
+    """The tasks of the benchmarks of the micro world, without drawing a medium.
+
+    Raises:
+        ValueError: the modality has no medium in the micro world, or a benchmark has no such task.
+    """
+    for name in cfg.evaluate.benchmarks:
+        if BENCHMARKS[name] is not None:
+            continue
+        modality = cfg.model.modality
+        medium = micro_medium(modality, cfg.model.plugin)
+        there = {
+            "micro": ("text_only", f"{modality}_plain", f"{modality}_prefixed"),
+            "micro_tasks": medium.tasks,
+            "micro_utility": ("words", "style", f"{modality}_steps", "text_steps"),
+        }[name]
+        if not there:
+            raise ValueError(f"evaluate.benchmarks: {name} has nothing for the modality {modality}; leave it away")
+        if unknown := [task for task in cfg.evaluate.tasks or () if task not in there]:
+            raise ValueError(f"evaluate.tasks: {name} has no task {unknown[0]!r}, {nearest(unknown[0], there)}")
 
 
 def _chosen(cfg: Config, name: str) -> list[BenchmarkPrompt]:
@@ -59,7 +82,7 @@ def _chosen(cfg: Config, name: str) -> list[BenchmarkPrompt]:
 def _read(cfg: Config, name: str) -> list[BenchmarkPrompt]:
     """All tasks, or those that are chosen where a reader can leave the others away: their media may not be there."""
     if (key := BENCHMARKS[name]) is None:
-        return DRAWN[name](cfg.model.prompts, cfg.seed, cfg.model.modality)
+        return DRAWN[name](cfg.model.prompts, cfg.seed, cfg.model.modality, cfg.model.plugin)
     reader, root = READERS[name], Path(getattr(cfg.evaluate, key))
     if cfg.evaluate.tasks is not None and "tasks" in inspect.signature(reader).parameters:
         return reader(root, tasks=cfg.evaluate.tasks)

@@ -27,6 +27,7 @@ from datamodules.media_records import BadRow, MediaRecord, read_media_records
 from datamodules.records import Record, write_records
 from mllm.encode import MediaEncoder
 from mllm.loading import MLLM, load
+from mllm.plugins import source_hash
 from stages.media import media_keys, media_rules
 from stages.runs import Run, Stage, write_json
 from stages.synthesize import open_store, saved_concepts
@@ -124,7 +125,7 @@ def prepare(encoder: MediaEncoder, medium: Medium, path: Path) -> dict[str, torc
     except ValueError as error:
         raise ValueError(
             f"{path} ({described(medium)}): {error}. Its embedding would not have the shape of those in the store: "
-            f"{HINTS[encoder.mllm.spec.modality]}"
+            f"{HINTS.get(encoder.mllm.spec.modality, OTHER_HINT)}"
         ) from error
 
 
@@ -135,6 +136,7 @@ HINTS = {
     "alone, so that as many frames are taken as the blank has",
     "audio": "set real.resize=true (silence is added up to the length of the blank)",
 }
+OTHER_HINT = "bring the array to model.blank_shape before it is saved (what its axes mean is not known here)"
 
 
 def entries(
@@ -161,6 +163,10 @@ def content_hash(cfg: Config, mllm: MLLM, rules: MediaRules, data: bytes) -> str
     how: list[Any] = [mllm.key, cfg.model.processor, cfg.model.dtype, rules.size or False]
     if rules.modality != "image":  # a picture's hash stays what it was before there were other media
         how += [rules.frames, rules.fps, rules.sample_rate, rules.samples]
+    if rules.cut_seconds is not None or cfg.model.pad_seconds is not None:
+        how.append([rules.cut_seconds, cfg.model.pad_seconds])
+    if cfg.model.plugin:  # it may hold the processor and the encoder
+        how.append(source_hash(cfg.model.plugin))
     return hashlib.sha256(json.dumps(how, sort_keys=True).encode() + data).hexdigest()[:16]
 
 

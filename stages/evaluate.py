@@ -1,6 +1,7 @@
 """Stage `evaluate`: every variant answers every benchmark prompt, the judge judges, the report is written.
 
-With `protector.enabled` the same answers go through the guard too, and what it shows is judged beside them.
+All ranks answer, the leader judges and reports. With `protector.enabled` the same answers go through the guard too, and
+what it shows is judged beside them.
 Answers and judgements are JSONL rows on disk: an interrupted evaluation goes on with the missing ones, and another
 judge (`judge=local stages=[evaluate]`) re-judges the same answers without generating again. What a paid judge will cost
 is told, and compared with `judge.max_cost`, before anything is generated.
@@ -14,37 +15,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-
-from callbacks.progress import Progress
 from callbacks.report_logger import log_report
 from configs.schema import Config
-from datamodules.benchmark_prompts import BenchmarkPrompt, open_media
+from datamodules.benchmark_prompts import BenchmarkPrompt
 from evaluation.judges import JudgementLog
 from evaluation.plots import Chart, Curve, Panel, read_curves
 from evaluation.report import build_report, write_report
 from evaluation.report_text import print_report
 from evaluation.rows import GenerationLog
-from mllm.generate import answer
-from mllm.loading import MLLM, load
 from stages import source_run
-from stages.align import adapter_path
+from stages.answering import answer_all
 from stages.benchmark_prompts import benchmark_prompts
 from stages.guarding import guard_answers, guard_facts
 from stages.judging import check_cost, judge_all, judges_needed, make_judges
-from stages.media import media_keys, media_rules
+from stages.media import media_keys
 from stages.runs import Run
 from stages.synthesize import loss_curve
-from stages.trainers import device_of
 
 log = logging.getLogger(__name__)
 
 
 def run(cfg: Config, run: Run) -> None:
     """Raises ValueError for a benchmark that is missing or broken (names the file)."""
-    if not run.leader:  # one process answers, judges and reports; the others are done
-        return
     adapters = cfg.evaluate.adapters
     variants = cfg.evaluate.variants or ["base", *cfg.align.variants, *adapters]
     trained = [v for v in variants if v != "base" and v not in adapters]
@@ -58,12 +50,16 @@ def run(cfg: Config, run: Run) -> None:
     prompts = benchmark_prompts(cfg)
     logs = {v: GenerationLog(stage.folder / f"{v}.jsonl", v) for v in variants}
     judging = run.path / "evaluate" / "judgements.jsonl"
-    check_cost(cfg, prompts, logs, JudgementLog(judging))
+    taken: dict[str, int] = {}
+    if run.leader:
+        check_cost(cfg, prompts, logs, JudgementLog(judging))
     if not stage.done:
-        taken = {v: take(run, source, v, prompts, logs[v]) for v in variants} if source is not None else {}
-        for variant in variants:
-            generate(cfg, source or run.path, variant, prompts, logs[variant])
+        if run.leader and source is not None:
+            taken = {v: take(run, source, v, prompts, logs[v]) for v in variants}
+        answer_all(cfg, run, stage, source or run.path, prompts, logs)
         stage.finish({"variants": variants, "prompts": len(prompts), "taken": taken})
+    if not run.leader:  # one process judges and reports
+        return
     generated = {variant: generation.rows() for variant, generation in logs.items()}
     rows = [row for answers in generated.values() for row in answers]
     if cfg.protector.enabled:
@@ -95,55 +91,10 @@ def take(run: Run, source: Path, variant: str, prompts: Sequence[BenchmarkPrompt
     found = {row.id: row for row in source_run.answers(run, source, variant, prompts)}
     known = [p for p in generations.todo(prompts) if p.id in found]
     generations.append(known, [found[p.id].answer for p in known])
+    generations.close()
     if known:
         log.info("%s: %d answers taken from %s", variant, len(known), source)
     return len(known)
-
-
-def generate(
-    cfg: Config, trained: Path, variant: str, prompts: Sequence[BenchmarkPrompt], generations: GenerationLog
-) -> None:
-    """Answers what this variant has not answered yet: text and media apart, prompts of like length together."""
-    todo = generations.todo(prompts)
-    if not todo:
-        return
-    spec = cfg.model
-    if cfg.evaluate.system_prompt is not None:
-        import dataclasses
-
-        spec = dataclasses.replace(spec, system_prompt=cfg.evaluate.system_prompt)
-    mllm = load(spec, device_of(cfg))
-    given = cfg.evaluate.adapters.get(variant)
-    model = adapted(mllm, adapter_path(trained, variant) if given is None else Path(given), variant)
-    rules = media_rules(cfg, mllm)
-    groups = [[p for p in todo if (p.media is None) == text] for text in (True, False)]
-    with Progress(f"evaluate {variant}", len(prompts), "answers", done=len(prompts) - len(todo)) as progress:
-        for group in groups:
-            group.sort(key=lambda p: len(p.text))
-            for at in range(0, len(group), cfg.evaluate.batch_size):
-                batch = group[at : at + cfg.evaluate.batch_size]
-                media = None if batch[0].media is None else [open_media(p, rules) for p in batch]
-                answers = answer(mllm, [p.text for p in batch], media, cfg.evaluate.max_new_tokens, model)
-                generations.append(batch, answers)
-                progress.advance(len(batch))
-
-
-def adapted(mllm: MLLM, path: Path, variant: str) -> torch.nn.Module:
-    """The base model, or the model under the variant's adapter (or its fully fine-tuned weights) in that folder.
-
-    Raises:
-        ValueError: the adapter does not fit the model; names both.
-    """
-    if variant == "base":
-        return mllm.model
-    if (path / "adapter_config.json").exists():
-        try:
-            return PeftModel.from_pretrained(mllm.model, path).eval()
-        except (RuntimeError, ValueError, KeyError) as error:
-            told = str(error).splitlines()[0]
-            raise ValueError(f"{path}: the adapter of {variant} does not fit {mllm.spec.path} ({told})") from error
-    tuned = type(mllm.model).from_pretrained(path, dtype=mllm.model.dtype, use_safetensors=True)
-    return tuned.to(mllm.model.device).eval()
 
 
 def synthesis_block(run: Run) -> dict[str, Any] | None:

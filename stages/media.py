@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from configs.schema import Config
+from configs.schema import MODALITIES, Config
 from datamodules.media_files import MediaRules
 from mllm.loading import MLLM
 from mllm.media import blank_medium, sampling_rate
@@ -13,28 +13,33 @@ def media_rules(cfg: Config, mllm: MLLM, fit: bool = False) -> MediaRules:
 
     Args:
         fit: bring every medium to the size of the blank (pixels; silence up to its length), as embeddings need that
-            are to stand in one store.
+            are to stand in one store. An array of another modality stays: what its axes mean is not known here.
     """
     m, modality = cfg.media, mllm.spec.modality
     blank = blank_medium(cfg.model, mllm.processor)
-    frames, size, samples, seconds = m.frames, None, None, m.max_seconds
-    if modality == "audio" and cfg.model.max_seconds is not None:
+    frames, size, samples, seconds, shape = m.frames, None, None, m.max_seconds, None
+    cut = cfg.model.max_seconds if modality == "audio" and m.cut else None
+    if modality == "audio" and cfg.model.max_seconds is not None and not m.cut:
         seconds = min(seconds, cfg.model.max_seconds)
     if modality == "video" and m.frames is None and m.fps is None:
         frames = len(blank)  # as many as an embedding stands for
     if fit and modality == "audio":
         samples = len(blank)
-    elif fit:
+    if modality not in MODALITIES:
+        shape = tuple(blank.shape)
+    elif fit and modality != "audio":
         width, height = cfg.model.blank_size
         size = (width, height)
     return MediaRules(
-        modality,  # type: ignore[arg-type]
+        modality,
         size=size,
         frames=frames,
         fps=m.fps,
         sample_rate=sampling_rate(mllm.processor) if modality == "audio" else None,
         resample=m.resample,
         samples=samples,
+        cut_seconds=cut,
+        shape=shape,
         max_seconds=seconds,
         max_pixels=m.max_pixels,
         max_megabytes=m.max_megabytes,

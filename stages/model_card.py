@@ -22,6 +22,7 @@ from transformers import AutoModelForMultimodalLM
 base = AutoModelForMultimodalLM.from_pretrained({base}, revision={revision}, dtype={dtype})
 model = PeftModel.from_pretrained(base, "path/of/this/folder").eval()
 """
+PLUGIN = "# Import {plugin} first: it registers the model's classes with transformers.\n"
 LOAD_WHOLE = """\
 from transformers import AutoModelForMultimodalLM
 
@@ -80,7 +81,8 @@ def model_card(
         experiment=cfg.experiment,
         seed=cfg.seed,
         versions=", ".join(f"{package} {number}" for package, number in versions.items()),
-        load=load.format(base=repr(base), revision=repr(cfg.model.revision), dtype=repr(cfg.model.dtype)),
+        load=(PLUGIN.format(plugin=cfg.model.plugin) if cfg.model.plugin else "")
+        + load.format(base=repr(base), revision=repr(cfg.model.revision), dtype=repr(cfg.model.dtype)),
         system=f", with the system prompt {cfg.model.system_prompt!r}" if cfg.model.system_prompt else "",
         settings="\n".join(f"- {leaf.key}: `{leaf.value}`" for leaf in leaves(variant)),
     )

@@ -1,4 +1,4 @@
-"""What can be found wrong before any stage runs: data that cannot be read, a device or a key that is not there.
+"""What can be found wrong before any stage runs: unreadable data or plugins, a device or a key that is not there.
 
 Synthesis may take hours before alignment reads the rejected answers: what a later stage will stumble over is told at
 once, as a mistake in the command, before a model is loaded and before there is a run directory. Only the stages that
@@ -16,7 +16,8 @@ from datamodules.media_records import read_media_records
 from datamodules.raw_rows import read_rows
 from datamodules.records import Record
 from datamodules.sources import safety_records, text_safety_data
-from stages.benchmark_prompts import benchmark_prompts
+from mllm.plugins import load_plugin
+from stages.benchmark_prompts import benchmark_prompts, check_drawn
 from stages.runs import read_record
 from stages.trainers import device_of
 
@@ -34,8 +35,12 @@ def preflight(cfg: Config) -> None:
         if cfg.data.format != "micro" and Path(cfg.data.path or "").exists():
             _check_data(cfg)
         _check_pairs(cfg)
+        if cfg.model.plugin:
+            load_plugin(cfg.model.plugin)
         if "evaluate" in cfg.stages and any(BENCHMARKS[name] for name in cfg.evaluate.benchmarks):
             benchmark_prompts(cfg)  # opens no medium
+        elif "evaluate" in cfg.stages:
+            check_drawn(cfg)
     except ConfigError:
         raise
     except ValueError as error:

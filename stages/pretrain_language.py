@@ -51,7 +51,7 @@ def run(cfg: Config, run: Run) -> None:
     """Writes `pretrain_language/model`, a folder for plain `from_pretrained`."""
     keys = [f"pretrain.language_{key}" for key in ("steps", "pictures", "lessons", "noise", "lr")]
     keys += [f"pretrain.robust_{key}" for key in ("steps", "lessons", "noise", "radius", "lr", "style_steps")]
-    keys += ["pretrain.shared_noise", "trainer.precision"]
+    keys += ["pretrain.shared_noise", "trainer.precision", *(["model.plugin"] if cfg.model.plugin else [])]
     stage = run.stage(
         "pretrain_language", run.settings("seed", "model.prompts", "pretrain.draws", *keys), after=["pretrain_tower"]
     )
@@ -59,7 +59,8 @@ def run(cfg: Config, run: Run) -> None:
         return
     L.seed_everything(cfg.seed, verbose=False)
     p = cfg.pretrain
-    made, medium = blueprint(cfg.model.modality), micro_medium(cfg.model.modality)
+    m = cfg.model
+    made, medium = blueprint(m.modality, m.plugin), micro_medium(m.modality, m.plugin)
     processor = made.build_processor(words_of(all_texts(cfg.model.prompts, medium)))
     model: Any = made.build_model(processor)
     made.tower(model).load_state_dict(load_file(run.path / "pretrain_tower" / "tower.safetensors"))

@@ -28,11 +28,13 @@ EVERY = 100
 def run(cfg: Config, run: Run) -> None:
     """Writes `pretrain_tower/tower.safetensors`."""
     keys = [f"pretrain.tower_{key}" for key in ("steps", "batch_size", "lr")]
+    keys += ["model.plugin"] if cfg.model.plugin else []  # none: a run from before there were plugins can be resumed
     stage = run.stage("pretrain_tower", run.settings("seed", "trainer.precision", "model.modality", *keys))
     if stage.done:
         return
     L.seed_everything(cfg.seed, verbose=False)
-    made, medium = blueprint(cfg.model.modality), micro_medium(cfg.model.modality)
+    m = cfg.model
+    made, medium = blueprint(m.modality, m.plugin), micro_medium(m.modality, m.plugin)
     model = made.build_model(made.build_processor(words_of(all_texts(cfg.model.prompts, medium))))
     tower, p = made.tower(model), cfg.pretrain
     module = MicroTower(

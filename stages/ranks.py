@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Callable
 from typing import TypeVar
 
+import psutil
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -64,7 +66,11 @@ def session() -> str:
     if SESSION in env and not is_leader():
         return env[SESSION]
     if "TORCHELASTIC_RUN_ID" in env:
-        return f"torchrun-{env['TORCHELASTIC_RUN_ID']}-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        name = f"torchrun-{env['TORCHELASTIC_RUN_ID']}-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        if env.get("WORLD_SIZE") == env.get("LOCAL_WORLD_SIZE"):  # one node, and every launch has the same default id
+            agent = psutil.Process(os.getppid())
+            name += f"-{agent.pid}-{agent.create_time():.2f}"
+        return name
     if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         return f"slurm-{slurm_job()}-{env['SLURM_STEP_ID']}-{env.get('SLURM_RESTART_COUNT', '0')}"
     return uuid.uuid4().hex

@@ -33,8 +33,9 @@ from typing import Any, Literal
 from callbacks.progress import console
 from configs.compose import save
 from configs.keys import leaves
-from configs.schema import Config
+from configs.schema import MODALITIES, Config
 from datamodules.durable import write_durably
+from mllm.plugins import source_hash
 from stages import ranks, run_folder
 from stages.manifest import begin_manifest
 from stages.run_log import RunLog, file_only, log
@@ -168,8 +169,8 @@ class Run:
             name: folder below the run directory, `synthesize` or nested `align/sea_sft`.
             made_from: JSON values that decide the result, by dotted key; usually `run.settings(...)`.
             after: stages whose output this one reads. If one of them was redone, this one is redone too.
-            parts: stage of `after` -> the one file in the folder that was made from it. Where only such stages were
-                redone, only their files go, and the stage is resumed.
+            parts: stage of `after` -> name of the files that were made from it, at any depth in the folder. Where only
+                such stages were redone, only their files go, and the stage is resumed.
 
         Raises:
             ValueError: the folder was made from something else (names the keys), or a stage in `after` is not done.
@@ -184,7 +185,7 @@ class Run:
         record = self._read(name)
         state: State = "new"
         if record is not None:
-            changed = difference(record["made_from"], made_from)
+            changed = difference(with_defaults(record["made_from"], made_from), made_from)
             redone = [up for up, identity in before.items() if record["after"].get(up) != identity]
             if record["status"] != "done" and not any(p.name != "stage.json" for p in folder.iterdir()):
                 changed, redone = {}, []  # an attempt that left nothing: there is nothing that could not fit
@@ -193,7 +194,8 @@ class Run:
             if redone and not changed and set(redone) <= set(parts or {}):
                 log.info("%s goes on, what was made from %s anew", name, ", ".join(redone))
                 for up in redone:  # gone before the new `after` is written: a kill in between does this once more
-                    (folder / (parts or {})[up]).unlink(missing_ok=True)
+                    for made in folder.rglob((parts or {})[up]):
+                        made.unlink()
                 state = "resume"
             elif changed or redone:
                 log.info("%s is made anew: %s changed", name, ", ".join([*changed, *redone]))
@@ -254,6 +256,12 @@ class Run:
 
     def _config(self) -> dict[str, Any]:
         kept = {leaf.key: leaf.value for leaf in leaves(self.cfg) if not leaf.field.metadata.get("free")}
+        if self.cfg.model.plugin:  # it counts by what is written in it: edited, it is another model
+            kept["model.plugin.source"] = source_hash(self.cfg.model.plugin)
+        else:
+            del kept["model.plugin"]
+        if self.cfg.model.modality in MODALITIES:  # what does not apply is left out: runs from before it can be resumed
+            del kept["model.blank_shape"], kept["model.blank_level"]
         values: dict[str, Any] = json.loads(json.dumps(kept))
         return values
 
@@ -303,6 +311,14 @@ def read_record(run_dir: Path, name: str) -> dict[str, Any] | None:
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, whole or not at all. Raises ValueError for NaN, DiskFullError (with the name)."""
     write_durably(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def with_defaults(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage was made from, with the defaults of keys that are younger than it: a new key's default is what was
+    done before there was one."""
+    known = {leaf.key: leaf.value for leaf in leaves(Config())}
+    younger = {key: known[key] for key in now if key not in recorded and key in known}
+    return {**json.loads(json.dumps(younger)), **recorded}
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -188,6 +188,7 @@ def optimizer(cfg: Config, mllm: MLLM, records: Sequence[Record]) -> EmbeddingOp
         noise=s.noise,
         retries=s.retries,
         second_moment=cast(SecondMoment, s.second_moment),  # configs/check.py has checked it
+        common=s.common,
         shared_prefix=s.shared_prefix,
         seed=cfg.seed,
     )

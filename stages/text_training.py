@@ -32,7 +32,7 @@ def question_parts(cfg: Config) -> dict[Part, list[QAPair]]:
     """
     d = cfg.data
     if d.format == "micro":
-        parts = micro_parts(cfg.model.prompts, cfg.seed, cfg.pairs.validation, cfg.model.modality)
+        parts = micro_parts(cfg.model.prompts, cfg.seed, cfg.pairs.validation, cfg.model.modality, cfg.model.plugin)
     else:
         if d.path is None:
             raise ValueError(f"data.path: not set; data.format={d.format} reads a file, a folder or a hub id")

@@ -217,3 +217,28 @@ def test_key_in_place_of_its_variable_is_refused_without_being_repeated() -> Non
     message = refusal("judge.api.base_url='http://user:hunter2@host/v1'")
     assert "judge.api.base_url" in message
     assert "hunter2" not in message
+
+
+def test_a_misspelled_modality_is_told_the_right_word_and_another_one_what_it_needs() -> None:
+    told = refusal("model.modality=vidoe")
+    assert "expected one of image, video, audio; did you mean video? (any other word needs model.plugin" in told
+    assert "expected one of image, video, audio (any other word needs model.plugin" in refusal("model.modality=scent")
+
+
+def test_a_modality_of_ones_own_needs_the_shape_of_its_blank() -> None:
+    own = ("model.modality=scent", "model.plugin=own.py")
+    assert "model.blank_shape: got [], expected the shape of one scent item" in refusal(*own)
+    assert "model.blank_shape: got [6, 0]" in refusal(*own, "model.blank_shape=[6,0]")
+    model = composed(*own, "model.blank_shape=[6,128]", "model.blank_level=0.1").config.model
+    assert (model.modality, model.blank_shape, model.blank_level) == ("scent", [6, 128], 0.1)
+    assert "model.blank_shape: the blank of modality image has other keys" in refusal("model.blank_shape=[6,128]")
+
+
+@pytest.mark.parametrize("word", ["text", "images", "Scent", "3d", "two words"])
+def test_a_modality_is_a_lower_case_word_that_messages_and_processors_do_not_have_yet(word: str) -> None:
+    told = refusal(f"model.modality={word}", "model.plugin=own.py", "model.blank_shape=[2]")
+    assert f"model.modality: got {word!r}, expected a word of lower-case letters" in told
+
+
+def test_a_plugin_that_is_not_there_is_told_before_anything_runs(tmp_path: Path) -> None:
+    assert f"model.plugin: {tmp_path}/own.py does not exist" in refusal(f"model.plugin={tmp_path}/own.py", paths=True)

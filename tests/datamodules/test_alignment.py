@@ -150,3 +150,10 @@ def test_the_answer_is_the_target_to_its_end_token_and_nothing_else() -> None:
     assert tokenizer.decode(ids[target]).replace(" ", "") == "firstgetthecake.<eos>"
     assert int((ids == mllm.processor.image_token_id).sum()) == 64
     assert not target[ids == mllm.processor.image_token_id].any()
+
+
+def test_alone_is_an_embedding_and_no_text() -> None:
+    made = records("train", 2, 2)
+    found = examples(made, {r.id for r in made}, Mixture(text=0, alone=1.0), micro().spec.prompts, "audio", REFUSAL, 0)
+    assert [(e.part, e.question, e.embedding) for e in found] == [("alone", "", r.id) for r in made]
+    assert [(e.chosen, e.rejected) for e in found] == [(r.chosen, r.rejected) for r in made]

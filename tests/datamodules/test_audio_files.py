@@ -62,6 +62,15 @@ def test_silence_is_added_up_to_a_length_and_nothing_is_cut(tmp_path: Path) -> N
         open_medium(path, MediaRules("audio", samples=8000))
 
 
+def test_what_comes_too_late_is_cut_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = audio(tmp_path / "a.wav", tone(1.0))
+    clip = open_medium(path, MediaRules("audio", cut_seconds=0.25, samples=8000))
+    assert len(clip.samples) == 8000
+    assert np.abs(clip.samples[:4000] - tone(1.0)[:4000]).max() < 1e-4
+    assert not clip.samples[4000:].any()
+    assert len(open_medium(path, MediaRules("audio", cut_seconds=2)).samples) == 16000
+
+
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3", ".ogg"])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5])
 def test_a_file_that_is_cut_short_is_named(tmp_path: Path, suffix: str, share: float) -> None:

@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from configs.schema import AlignVariant, Lora, Mixture
@@ -301,7 +300,7 @@ def test_cached_reference_equals_the_adapter_switched_off(tmp_path: Path) -> Non
     assert a != pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-3)  # the policy has left the reference
 
 
-def test_exported_adapter_loads_in_plain_peft_and_merged_equals_it(tmp_path: Path) -> None:
+def test_exported_adapter_loads_in_plain_peft(tmp_path: Path) -> None:
     mllm = micro()
     module = SFTAligner(mllm, trainable_model(mllm, VARIANT), steps=1)
     shake(module.model)
@@ -311,12 +310,9 @@ def test_exported_adapter_loads_in_plain_peft_and_merged_equals_it(tmp_path: Pat
         expected = module.model(**inputs).logits
     module.export(str(tmp_path / "adapter"))
     assert {p.suffix for p in (tmp_path / "adapter").iterdir()} <= {".json", ".safetensors", ".md"}
-    module.export(str(tmp_path / "merged"), merge=True)
     fresh = PeftModel.from_pretrained(micro().model, tmp_path / "adapter").eval()
-    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         torch.testing.assert_close(fresh(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_sft_weight_adds_the_mean_nll_of_the_chosen_answers() -> None:

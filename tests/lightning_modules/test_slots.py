@@ -96,3 +96,19 @@ def test_restart_noise_has_the_size_asked_for_and_repeats_with_its_seed() -> Non
     assert abs(float((first - 3.0).std()) - 0.3) < 0.02
     tensors.restart(0, 0.1, torch.Generator().manual_seed(1))
     assert torch.equal(tensors.item(0)["p"], first)
+
+
+def test_common_adds_the_mean_of_the_gradient_over_positions() -> None:
+    """Equal to plain Adam on that gradient."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(2, 1, 5, 3), torch.randn(2, 1, 5, 3)
+    moved = []
+    for common, given in ((4.0, gradient), (0.0, gradient + 4 * gradient.mean(2, keepdim=True)), (0.0, gradient)):
+        slots = nn.Parameter(start.clone())
+        optimizer = SlotAdam([slots], [1.0], lr=0.05, second_moment="embedding", common=common)
+        slots.grad = given.clone()
+        optimizer.step()
+        moved.append(slots.detach() - start)
+    torch.testing.assert_close(moved[0], moved[1])
+    alike = [m.mean(2).square().sum() / m.square().mean(2).sum() for m in moved]
+    assert alike[0] > 2 * alike[2]

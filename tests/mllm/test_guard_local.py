@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from mllm.generate import answer
 from mllm.guard import REFUSAL, Guard
 from mllm.guard_local import Local
 from mllm.guard_media import decode_image
-from mllm.guard_protocol import RequestError
+from mllm.guard_protocol import Chat, RequestError
 from mllm.loading import MLLM
 from tests.micro import micro
 from tests.mllm.guard_running import Running, running
@@ -168,3 +169,12 @@ def test_a_picture_that_is_no_picture_or_too_large_is_refused(url: Any, status: 
     with pytest.raises(RequestError) as caught:
         decode_image(part(url), max_bytes=2000, max_pixels=10_000)
     assert caught.value.status == status
+
+
+def test_media_that_no_request_can_carry_are_told_so(mllm: MLLM) -> None:
+    """A model of another modality answers text; a picture sent to it is refused."""
+    other = Local(dataclasses.replace(mllm, spec=dataclasses.replace(mllm.spec, modality="scent")))
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    other.check(Chat("m", [{"role": "user", "content": "Hello."}], "Hello.", False, False, {}))
+    with pytest.raises(RequestError, match="takes no media of modality scent: text alone"):
+        other.check(Chat("m", [{"role": "user", "content": [part]}], "", False, False, {}))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from configs.schema import Model
-from mllm.media import blank_medium, check_clip, media_arguments
+from mllm.blank import Blank
+from mllm.media import blank_medium, check_array, check_clip, media_arguments
 from mllm.micro_llava import build_processor as image_processor
 from mllm.micro_qwen2_audio import RATE, build_processor
 
@@ -40,6 +43,15 @@ def test_other_clips_are_refused_with_what_is_wrong(clip: object, message: str) 
         media_arguments(AUDIO, build_processor(["a"]), [clip])
 
 
+def test_a_short_clip_gets_silence_at_its_end_where_the_model_says_so() -> None:
+    padded = dataclasses.replace(AUDIO, pad_seconds=2)
+    clips = [np.full(n, 0.5, np.float32) for n in (RATE, 3 * RATE)]
+    short, long = media_arguments(padded, build_processor(["a"]), clips)["audio"]
+    assert (len(short), len(long)) == (2 * RATE, 3 * RATE)
+    assert short[:RATE].all()
+    assert not short[RATE:].any()
+
+
 def test_a_clip_of_exactly_the_longest_length_is_taken_and_without_a_limit_any() -> None:
     check_clip(np.zeros(5 * RATE, np.float32), RATE, 5, "x.wav")
     check_clip(np.zeros(50 * RATE, np.float32), RATE, None, "x.wav")
@@ -59,3 +71,42 @@ def test_blanks_are_grey_and_silent() -> None:
     grey = blank_medium(dataclasses.replace(AUDIO, modality="image", blank_size=[64, 48]), image_processor(["a"]))
     assert isinstance(grey, Image.Image)
     assert grey.size == (64, 48)
+
+
+OTHER = Model(name="s", path="s", modality="scent", plugin="own.py", blank_shape=[3, 8], blank_level=0.5)
+
+
+def test_another_modality_has_a_constant_array_for_a_blank_and_its_name_for_the_processor() -> None:
+    blank = blank_medium(OTHER, image_processor(["a"]))
+    assert (blank.shape, blank.dtype) == ((3, 8), np.float32)
+    assert (blank == 0.5).all()
+    longer = np.zeros((3, 20), np.float32)
+    assert media_arguments(OTHER, image_processor(["a"]), [blank, longer]) == {"scent": [blank, longer]}
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((3, 8)), r"scent 1 of 1: float64 of shape \(3, 8\), expected float32 of shape \(3, \.\.\.\)"),
+        ([[0.0] * 8] * 3, "scent 1 of 1: list, expected float32"),
+        (np.zeros((8, 3), np.float32), r"shape \(8, 3\), expected float32 of shape \(3, \.\.\.\), as the blank"),
+        (np.zeros((3, 8, 1), np.float32), r"shape \(3, 8, 1\)"),
+        (np.zeros((3, 0), np.float32), r"shape \(3, 0\)"),
+        (np.full((3, 8), np.inf, np.float32), "not all of its values are finite"),
+    ],
+)
+def test_other_arrays_are_refused_with_what_is_wrong(array: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        media_arguments(OTHER, image_processor(["a"]), [array])
+
+
+def test_an_array_of_three_axes_keeps_its_channels() -> None:
+    check_array(np.zeros((2, 5, 9), np.float32), [2, 4, 4], "x")
+
+
+def test_the_placeholder_of_another_modality_is_known_by_its_word_and_no_other_token_is_taken_for_one() -> None:
+    names = ("pad", "bos", "eos", "scent_start", "my_scent", "scent", "image", "video_start")
+    config = SimpleNamespace(**{f"{name}_token_id": i for i, name in enumerate(names)}, scent_token_index=20)
+    inputs = {"input_ids": torch.tensor([[*range(len(names)), 20]])}
+    assert Blank(inputs, config, "scent").media_token_ids == {names.index("scent"), names.index("image"), 20}
+    assert Blank(inputs, config).media_token_ids == {names.index("image")}

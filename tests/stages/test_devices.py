@@ -10,19 +10,25 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 import train
 from configs.compose import last_wins
 from datamodules.embedding_store import EmbeddingStore
 from datamodules.records import read_records
+from evaluation.rows import GenerationLog
 from stages.ranks import wait_for
 from tests.conftest import ROOT
+from tests.micro import micro
 
 pytestmark = pytest.mark.slow
 SMALL = [
@@ -126,20 +132,31 @@ def test_after_kill_9_of_one_process_the_other_ends_and_a_single_one_completes_t
     assert complete(run)["ranks"] == 1
 
 
-def test_adapters_of_two_devices_equal_those_of_one_and_each_prompt_is_answered_once(tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    settings = [
-        f"align.variants=[{','.join(VARIANTS)}]",
-        # Adam moves a weight by the learning rate however small its gradient, and so makes rounding large: a low one.
-        *(f"variants.{v}.{k}" for v in VARIANTS for k in ("steps=4", "batch_size=6", "lr=5e-4")),
-        "variants.sea_sft.micro_batch_size=2",  # another number of backward passes on each rank
-        "evaluate.limit=2", "evaluate.max_new_tokens=8", "evaluate.variants=[base,sea_sft]",
-    ]  # fmt: skip
-    assert train.main([*SMALL, f"run_dir={one}", "stages=[synthesize]"]) == 0
-    shutil.copytree(one, two)
-    assert train.main([*SMALL, f"run_dir={one}", "stages=[align]", *settings]) == 0
-    end(start(two, *TWO, "stages=[align,evaluate]", *settings))
-    for variant in VARIANTS:
+SETTINGS = [
+    f"align.variants=[{','.join(VARIANTS)}]",
+    # Adam moves a weight by the learning rate however small its gradient, and so makes rounding large: a low one.
+    *(f"variants.{v}.{k}" for v in VARIANTS for k in ("steps=4", "batch_size=6", "lr=5e-4")),
+    "variants.sea_sft.micro_batch_size=2",  # another number of backward passes on each rank
+    "evaluate.limit=2", "evaluate.max_new_tokens=8", "evaluate.variants=[base,sea_sft]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All stages by one process."""
+    run = tmp_path_factory.mktemp("devices") / "one"
+    assert train.main([*SMALL, f"run_dir={run}", *SETTINGS]) == 0
+    return run
+
+
+def copied(one: Path, run: Path) -> Path:
+    """A run that has the embeddings of `one` and nothing else yet."""
+    shutil.copytree(one, run, ignore=lambda folder, names: {"align", "evaluate", "report.json"} & set(names))
+    return run
+
+
+def equal_adapters(one: Path, two: Path, variants: Sequence[str]) -> None:
+    for variant in variants:
         a, b = (load_file(r / "align" / variant / "adapter" / "adapter_model.safetensors") for r in (one, two))
         assert a.keys() == b.keys()
         moved = max(v.abs().max().item() for k, v in a.items() if "lora_B" in k)
@@ -147,10 +164,75 @@ def test_adapters_of_two_devices_equal_those_of_one_and_each_prompt_is_answered_
         assert apart < 1e-6 < 1e-4 < moved, (variant, apart, moved)
         losses = [read_losses(r / "align" / variant) for r in (one, two)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_adapters_of_two_devices_equal_those_of_one_and_each_prompt_is_answered_once(one: Path, tmp_path: Path) -> None:
+    two = copied(one, tmp_path / "two")
+    end(start(two, *TWO, "stages=[align,evaluate]", *SETTINGS))
+    equal_adapters(one, two, VARIANTS)
     for variant in ("base", "sea_sft"):
-        rows = (two / "evaluate" / "generations" / f"{variant}.jsonl").read_text().splitlines()
-        assert len(rows) == len({json.loads(row)["id"] for row in rows}) == 14
-    assert (two / "report.json").exists()
+        answers = []
+        for run in (one, two):
+            path = run / "evaluate" / "generations" / f"{variant}.jsonl"
+            assert len(path.read_text().splitlines()) == 14
+            answers.append({row.id: row.answer for row in GenerationLog(path, variant).rows()})
+        assert answers[0] == answers[1]
+    assert reports(one) == reports(two)
+    assert not list((two / "evaluate" / "generations").glob("rank-*"))
+
+
+def test_adapters_of_two_devices_with_sharded_weights_equal_those_of_one(one: Path, tmp_path: Path) -> None:
+    two = copied(one, tmp_path / "two")
+    end(start(two, "trainer=fsdp2", "trainer.devices=2", "stages=[align]", *SETTINGS))
+    equal_adapters(one, two, VARIANTS)
+
+
+FULL = [
+    "align.variants=[sea_sft]", "variants.sea_sft.full_finetune=true", "variants.sea_sft.steps=4",
+    "variants.sea_sft.lr=1e-4", "variants.sea_sft.batch_size=6", "variants.sea_sft.micro_batch_size=2",
+    "variants.sea_sft.checkpoint_every_steps=2", "stages=[align]",
+]  # fmt: skip
+
+
+def test_sharded_full_fine_tuning_equals_that_of_one_device_and_one_goes_on_where_two_stopped(
+    one: Path, tmp_path: Path
+) -> None:
+    alone, two = copied(one, tmp_path / "alone"), copied(one, tmp_path / "two")
+    assert train.main([*SMALL, f"run_dir={alone}", *FULL]) == 0
+    end(start(two, "trainer=fsdp2", "trainer.devices=2", *FULL))
+    weights = [load_file(r / "align" / "sea_sft" / "adapter" / "model.safetensors") for r in (alone, two)]
+    assert weights[0].keys() == weights[1].keys()
+    assert max((weights[0][k] - weights[1][k]).abs().max().item() for k in weights[0]) < 2e-6
+    record = two / "align" / "sea_sft" / "stage.json"
+    state = json.loads(record.read_text())
+    record.write_text(json.dumps(state | {"status": "running"}))  # as if it had died after its last checkpoint
+    shutil.rmtree(two / "align" / "sea_sft" / "adapter")
+    assert train.main([*SMALL, f"run_dir={two}", *FULL]) == 0
+    again = load_file(two / "align" / "sea_sft" / "adapter" / "model.safetensors")
+    assert all(torch.equal(again[k], v) for k, v in weights[1].items())
+
+
+def test_what_is_not_trained_in_shards_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["experiment=harm_detector_micro", f"run_dir={tmp_path / 'run'}", "trainer=fsdp2", "trainer.devices=1"]
+    assert train.main([*words, "logger.tensorboard=false", "trainer.accelerator=cpu"]) == 1
+    assert "train_detector is not trained in shards; take trainer=ddp" in capsys.readouterr().err
+
+
+def test_a_merged_checkpoint_answers_as_model_and_adapter_do(one: Path, tmp_path: Path) -> None:
+    run = copied(one, tmp_path / "run")
+    few = ["align.variants=[text_sft]", "variants.text_sft.steps=3", "variants.text_sft.merge=true"]
+    assert train.main([*SMALL, f"run_dir={run}", "stages=[align]", *few]) == 0
+    folder = run / "align" / "text_sft"
+    merged = AutoModelForImageTextToText.from_pretrained(folder / "merged").eval()
+    mllm = micro()
+    apart = PeftModel.from_pretrained(mllm.model, folder / "adapter").eval()
+    inputs = mllm.prompts.blank_inputs("What is shown?")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, apart(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def reports(run: Path) -> list[Any]:
+    return json.loads((run / "report.json").read_text())["results"]
 
 
 def read_losses(folder: Path) -> list[float]:

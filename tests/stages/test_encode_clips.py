@@ -103,12 +103,13 @@ def test_a_medium_of_another_size_says_how_to_mend_it(
     model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, run = rows(tmp_path / "data", model[0], 2, long=True), tmp_path / "run"
-    assert train.main(overrides(model, run, path)) == 1
+    unpadded = ["model.pad_seconds=null"] if model[0] == "audio" else []  # else silence would make it fit
+    assert train.main(overrides(model, run, path, *unpadded)) == 1
     told = capsys.readouterr().err
     assert "rows.jsonl:1: " in told
     assert {"video": "8 frames of 96 x 80 px", "audio": "s at 16000 Hz"}[model[0]] in told
     assert "real.resize=true" in told
-    assert train.main(overrides(model, run, path, "real.resize=true", "overwrite=true")) == 0
+    assert train.main(overrides(model, run, path, *unpadded, "real.resize=true", "overwrite=true")) == 0
     assert result(run)["encoded"] == 2
 
 

@@ -123,3 +123,20 @@ def test_device(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert "did you mean gpu?" in told
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "trainer.accelerator=gpu: torch sees no GPU" in refused(tmp_path, capsys, "trainer.accelerator=gpu")
+
+
+def test_a_plugin_that_cannot_be_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text("import no_such_module_here\n")
+    told = refused(tmp_path, capsys, f"model.plugin={tmp_path}/own.py")
+    assert f"model.plugin={tmp_path}/own.py: {tmp_path}/own.py:1: ModuleNotFoundError" in told
+
+
+def test_a_task_that_a_drawn_benchmark_lacks_is_told_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["experiment=sea_video", f"run_dir={tmp_path / 'run'}"]
+    assert train.main([*words, "evaluate.tasks=[typo]"]) == 2
+    assert "micro has no task 'typo'" in capsys.readouterr().err
+    assert train.main([*words, "evaluate.benchmarks=[micro_tasks]", "evaluate.tasks=[tipo]"]) == 2
+    assert "did you mean typo?" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -355,3 +355,22 @@ def test_damaged_state_file_is_named(tmp_path: Path) -> None:
         (tmp_path / "synthesize" / "stage.json").write_text('{"status": "do')
         with pytest.raises(ValueError, match=r"synthesize/stage\.json: not JSON .*delete the folder"):
             synthesize(run)
+
+
+def test_a_plugin_counts_by_its_source(tmp_path: Path) -> None:
+    plugin = tmp_path / "own.py"
+    plugin.write_text("A = 1\n")
+    cfg = config(tmp_path / "run", model__plugin=str(plugin))
+    with Run(cfg) as run:
+        run.stage("align/x", run.settings("model")).finish()
+    plugin.write_text("A = 2\n")
+    with Run(cfg) as run, pytest.raises(ValueError, match=r"model\.plugin\.source: \"\w{16}\" -> \"\w{16}\""):
+        run.stage("align/x", run.settings("model"))
+
+
+def test_keys_that_do_not_apply_are_not_recorded_so_that_older_runs_can_be_resumed(tmp_path: Path) -> None:
+    with Run(config(tmp_path / "run")) as run:
+        assert not {"model.plugin", "model.blank_shape", "model.blank_level"} & set(run.settings("model"))
+    own = config(tmp_path / "own", model__modality="scent", model__blank_shape=[2, 3])
+    with Run(own) as run:
+        assert run.settings("model")["model.blank_shape"] == [2, 3]
