@@ -625,7 +625,7 @@ class SlurmJob:
     mounts: list[str] | None = doc("folders for the container, beside code, working and run directory", free=True)
     python: str | None = doc("interpreter; null: this one, in a container python", free=True)
     setup: list[str] | None = doc("shell lines before the stage, e.g. [module load cuda]", free=True)
-    extra: list[str] | None = doc("more options of sbatch, e.g. [--constraint=a100]", free=True)
+    extra: list[str] | None = doc("more options of sbatch, e.g. ['--constraint=a100']", free=True)
 
 
 def default_job() -> SlurmJob:

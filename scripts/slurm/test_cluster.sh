@@ -9,7 +9,7 @@
 set -euo pipefail
 
 STATE=${SEAWALL_SLURM:-/run/seawall-slurm}
-CPUS=${SEAWALL_SLURM_CPUS:-4} # more than there are, perhaps: four array tasks must be able to start at the same second
+CPUS=${SEAWALL_SLURM_CPUS:-8} # more than there are, perhaps: four array tasks must be able to start at the same second
 PORT=${SEAWALL_SLURM_PORT:-16817}
 export SLURM_CONF=$STATE/slurm.conf
 

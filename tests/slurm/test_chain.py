@@ -49,4 +49,4 @@ def test_failed_stage_is_failed_and_takes_its_dependents_with_it(undisturbed: Pa
         chain.until_state(stage, "CANCELLED")
         assert chain.log(stage) == ""
     same_store(run, undisturbed)
-    same_adapter(run, undisturbed, 0.0)
+    same_adapter(run, undisturbed)

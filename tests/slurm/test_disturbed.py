@@ -32,7 +32,7 @@ def test_usr1_requeues_synthesize_and_then_align_of_two_ranks(undisturbed: Path,
 
 def test_preempted_job_is_requeued_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:
     """With a grace time SLURM sends SIGTERM, and takes a job that then ends for failed: the script asks for more."""
-    chain = Chain(tmp_path / "run", TWO, "slurm.all.partition=low", "slurm.synthesize.extra=[--gres=seat:1]")
+    chain = Chain(tmp_path / "run", TWO, "slurm.all.partition=low", "slurm.synthesize.extra=['--gres=seat:1']")
     chain.until_stored(2)
     words = ["--partition=high", "--gres=seat:1", "--output=/dev/null", "--wrap=sleep 3"]
     urgent = slurm("sbatch", "--parsable", *words)
