@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import lightning as L
@@ -60,13 +60,18 @@ class AlignmentExample:
 
 @dataclass(frozen=True)
 class AlignmentBatch:
-    """Examples with media first. `text` and `media` are disjoint; E[path]: the media items' on dim 0, concatenated."""
+    """Examples with media first. `text` and `media` are disjoint; E[path]: the media items' on dim 0, concatenated.
+
+    ids: of media, then of text. share: where each of `media` stands among those of the whole batch over all ranks, and
+    how many those are; None: this is the whole batch.
+    """
 
     step: int
     text: list[Item]
     media: list[Item]
     E: dict[str, torch.Tensor]
-    ids: list[str]  # of media, then of text
+    ids: list[str]
+    share: tuple[list[int], int] | None = None
 
 
 def examples(
@@ -209,10 +214,14 @@ class Batches(IterableDataset[AlignmentBatch]):
             yield self.batch(step)
 
     def batch(self, step: int) -> AlignmentBatch:
-        chosen = self.sampler.step(step)[self.rank :: self.world]
-        return self.collate(chosen, step)
+        whole = self.sampler.step(step)
+        batch = self.collate(whole[self.rank :: self.world], step)
+        media = [at for at, i in enumerate(whole) if self.examples[i].embedding is not None]
+        places = [place for place, at in enumerate(media) if at % self.world == self.rank]
+        return replace(batch, share=(places, len(media)))
 
     def collate(self, chosen: Sequence[int], step: int = 0) -> AlignmentBatch:
+        """The batch of these examples."""
         media = [i for i in chosen if self.examples[i].embedding is not None]
         text = [i for i in chosen if self.examples[i].embedding is None]
         E: dict[str, torch.Tensor] = {}

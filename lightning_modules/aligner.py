@@ -185,14 +185,18 @@ class Aligner(L.LightningModule, ABC):
         self.lockstep = True
 
     def with_noise(self, batch: AlignmentBatch) -> AlignmentBatch:
-        """Gaussian noise on E, in units of the RMS of the blank's; a function of the step, so resuming repeats it."""
+        """Gaussian noise on E, in units of the RMS of the blank's; a function of the step, so resuming repeats it. Each
+        rank draws that of the whole batch and takes its share: their number changes nothing."""
         if not self.noise:
             return batch
         generator = torch.Generator().manual_seed(batch.step)
-        E = {
-            path: e + self.noise * self.unit(path) * torch.randn(e.shape, generator=generator)
-            for path, e in batch.E.items()
-        }
+        places, n = batch.share or (list(range(len(batch.media))), len(batch.media))
+        E = {}
+        for path, e in batch.E.items():
+            rows = e.shape[0] // len(places)
+            drawn = torch.randn(n * rows, *e.shape[1:], generator=generator)
+            own = drawn.unflatten(0, (n, rows))[places].flatten(0, 1)
+            E[path] = e + self.noise * self.unit(path) * own
         return replace(batch, E=E)
 
     def logps(

@@ -17,6 +17,7 @@ from torch import Tensor
 import mllm.branches
 from mllm.anchor import Anchor
 from mllm.branches import Branch, BranchForward, BranchLogits, Item, split_shared
+from mllm.recomputing import checkpointing_layers, recompute_activations
 from tests.mllm.families import BY_NAME, FAMILIES, Family, near, random_words, with_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's
@@ -159,14 +160,22 @@ def test_gradient_checkpointing_changes_nothing(case: Case) -> None:
     plan = forward.plan(items)
     expected = forward(plan, concatenate(Es))
     gradients = case.gradients(expected, Es)
-    case.model.train()
-    case.model.get_base_model().activation_checkpointing_enable()
+    recompute_activations(case.model)
+    runs: list[object] = []
+    layer = next(m for m in reversed(checkpointing_layers(case.model)) if any(p.requires_grad for p in m.parameters()))
+    inside = [m for m in layer.modules() if m is not layer]
+    handles = [m.register_forward_hook(lambda module, *_: runs.append(module)) for m in inside]
     try:
         got = forward(plan, concatenate(Es))
         assert_same(got, expected)
+        once = len(runs)
         for g, want in zip(case.gradients(got, Es), gradients, strict=True):
             torch.testing.assert_close(g, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()) + 1e-6)
+        assert 1.5 * once < len(runs) <= 2 * once  # it ran again, up to the last tensor that is needed
+        assert not any(m.training for m in inside if isinstance(m, torch.nn.Dropout))  # nor would dropout be on
     finally:
+        for handle in handles:
+            handle.remove()
         case.model.get_base_model().activation_checkpointing_disable()
         case.model.eval()
 

@@ -137,6 +137,7 @@ SETTINGS = [
     # Adam moves a weight by the learning rate however small its gradient, and so makes rounding large: a low one.
     *(f"variants.{v}.{k}" for v in VARIANTS for k in ("steps=4", "batch_size=6", "lr=5e-4")),
     "variants.sea_sft.micro_batch_size=2",  # another number of backward passes on each rank
+    "variants.sea_sft.embedding_noise=0.1",
     "evaluate.limit=2", "evaluate.max_new_tokens=8", "evaluate.variants=[base,sea_sft]",
 ]  # fmt: skip
 
