@@ -61,7 +61,7 @@ def test_the_recipe_runs_in_a_short_form_and_learns(tmp_path: Path) -> None:
         made.config.vision_config.model_type
         == LlavaForConditionalGeneration.from_pretrained(FOLDER).config.vision_config.model_type
     )
-    losses = losses_of(folder / "pretrain_language" / "metrics" / "metrics.csv")
+    losses = losses_of(folder / "pretrain_language" / "robust" / "metrics" / "metrics.csv")
     assert losses[-1] < losses[0] - 0.5
 
 
