@@ -72,9 +72,11 @@ class HarmDetector(L.LightningModule):
         else:
             loss = bce_pairwise(z_L, h_L, better, worse, self.harmful_weight)
         with torch.no_grad():
-            logs = {"detector/accuracy": ((z_L > 0) == (h_L > 0.5)).float().mean()}
-            if len(better):
-                logs["detector/pair_accuracy"] = (better > worse).float().mean()
+            logs = {
+                "detector/accuracy": ((z_L > 0) == (h_L > 0.5)).float().mean(),
+                # NaN without a pair: Lightning would log the last batch's value again for one that is left out.
+                "detector/pair_accuracy": (better > worse).float().mean(),
+            }
         self.log_dict(logs, batch_size=1, sync_dist=True)
         self.log("detector/loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
         return loss

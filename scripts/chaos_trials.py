@@ -34,10 +34,11 @@ PRETRAIN = [
 ]  # fmt: skip
 DETECTOR = [
     *EVERY_ROW, "detector.batch_size=16", "detector.checkpoint_every_steps=3", "detector.max_length=64",
+    "detector.max_question=32",
 ]  # fmt: skip
 HEADS = [
     *DETECTOR, "data=micro", "backbone=micro", "detector.layers=[1,2]", "detector.hidden=16", "detector.folds=2",
-    "detector.epochs=0.5", "pairs.limit=400",
+    "detector.epochs=0.5", "pairs.limit=200",
 ]  # fmt: skip
 DETOXIFIER = [
     *EVERY_ROW, "detoxifier.checkpoint_every_steps=3", "pairs.limit=100", "detoxifier.evaluate=8",
