@@ -15,9 +15,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 
 from callbacks.interruption import checkpoints, last_checkpoint, random_state, set_random_state
 from callbacks.metrics_file import MetricsFile
+from datamodules.qa_batches import StepDataModule
 from stages.outcome import exit_code_of
 from tests.conftest import ROOT
 
@@ -48,13 +50,13 @@ class Net(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.1)
 
 
-class Data(L.LightningDataModule):
-    """Batches that follow from the step, as all of the project do."""
+class Batches(IterableDataset[torch.Tensor]):
+    """They follow from the step, as all of the project do."""
 
-    def train_dataloader(self) -> Iterator[torch.Tensor]:
-        assert self.trainer is not None
-        first = self.trainer.global_step
-        return torch.utils.data.DataLoader([torch.ones(3) * s for s in range(first, STEPS)], batch_size=None)  # type: ignore[return-value]
+    start = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter([torch.ones(3) * step for step in range(self.start, STEPS)])
 
 
 def fit(net: Net, folder: Path, every: int = 1000) -> int:
@@ -63,7 +65,9 @@ def fit(net: Net, folder: Path, every: int = 1000) -> int:
         accelerator="cpu", max_steps=STEPS, max_epochs=-1, callbacks=checkpoints(folder, every),
         logger=MetricsFile(folder), log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    return exit_code_of(lambda: trainer.fit(net, Data(), ckpt_path=last_checkpoint(folder), weights_only=True))
+    return exit_code_of(
+        lambda: trainer.fit(net, StepDataModule(Batches()), ckpt_path=last_checkpoint(folder), weights_only=True)
+    )
 
 
 def curve(folder: Path) -> list[tuple[str, str]]:
