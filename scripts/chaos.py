@@ -125,7 +125,7 @@ class Chaos:
                 killed, deadline = True, time.monotonic() + SLOW_END
             if time.monotonic() > deadline:
                 os.kill(pid, signal.SIGKILL)
-            time.sleep(0.005)
+            time.sleep(0.03)
 
     def cache(self, run: Path) -> Path:
         """A cache of the run's own, with the models that are there: what is cached of one run must not help another."""

@@ -18,30 +18,30 @@ from tests.pictures import drawn
 
 EVERY_ROW = ["trainer.log_every_n_steps=1"]
 SYNTHESIS = [
-    "synthesis.harmful=6", "synthesis.harmless=6", "synthesis.slots=4", "synthesis.checkpoint_every_steps=5",
+    "synthesis.harmful=4", "synthesis.harmless=4", "synthesis.slots=3", "synthesis.checkpoint_every_steps=5",
 ]  # fmt: skip
 VARIANTS = [
     f"variants.{name}.{setting}"
     for name in ("text_sft", "text_dpo", "sea_sft", "sea_dpo")
-    for setting in ("steps=8", "checkpoint_every_steps=3", "batch_size=8", "lora.dropout=0.1")
+    for setting in ("steps=5", "checkpoint_every_steps=2", "batch_size=6", "lora.dropout=0.1")
 ] + ["variants.sea_dpo.embedding_noise=0.1"]  # fmt: skip
-ANSWERS = ["evaluate.limit=2", "evaluate.batch_size=5", "evaluate.max_new_tokens=16"]
+ANSWERS = ["evaluate.limit=2", "evaluate.batch_size=3", "evaluate.max_new_tokens=8"]
 SEA = [*EVERY_ROW, *SYNTHESIS, *VARIANTS, *ANSWERS]
 PRETRAIN = [
-    *EVERY_ROW, "pretrain.tower_steps=12", "pretrain.tower_batch_size=8", "pretrain.language_steps=8",
-    "pretrain.language_pictures=4", "pretrain.robust_steps=8", "pretrain.robust_style_steps=2", "pretrain.draws=1",
-    "pretrain.checkpoint_every_steps=3",
+    *EVERY_ROW, "pretrain.tower_steps=8", "pretrain.tower_batch_size=4", "pretrain.language_steps=6",
+    "pretrain.language_pictures=2", "pretrain.robust_steps=6", "pretrain.robust_style_steps=2", "pretrain.draws=1",
+    "pretrain.checkpoint_every_steps=2",
 ]  # fmt: skip
 DETECTOR = [
-    *EVERY_ROW, "detector.batch_size=16", "detector.checkpoint_every_steps=3", "detector.max_length=64",
+    *EVERY_ROW, "detector.batch_size=16", "detector.checkpoint_every_steps=2", "detector.max_length=64",
     "detector.max_question=32",
 ]  # fmt: skip
 HEADS = [
     *DETECTOR, "data=micro", "backbone=micro", "detector.layers=[1,2]", "detector.hidden=16", "detector.folds=2",
-    "detector.epochs=0.5", "pairs.limit=200",
+    "detector.epochs=0.5", "pairs.limit=100", "detector.score_batch_size=128",
 ]  # fmt: skip
 DETOXIFIER = [
-    *EVERY_ROW, "detoxifier.checkpoint_every_steps=3", "pairs.limit=100", "detoxifier.evaluate=8",
+    *EVERY_ROW, "detoxifier.checkpoint_every_steps=2", "pairs.limit=100", "detoxifier.evaluate=6",
     "detoxifier.generate_batch_size=3", "detoxifier.detector=@harm_detector_micro@/train_detector/detector",
     "backbone.full_finetune=false", "detoxifier.lora.dropout=0.1",
 ]  # fmt: skip
@@ -79,9 +79,9 @@ TRIALS = {
                       "protector.detoxifier=@detoxifier_micro@/train_detoxifier/detoxifier",
                       "protector.max_new_tokens=16"]),
     "harm_detector": Trial("harm_detector", HEADS),
-    "harm_detector_micro": Trial("harm_detector_micro", [*DETECTOR, "pairs.limit=200"]),
+    "harm_detector_micro": Trial("harm_detector_micro", [*DETECTOR, "pairs.limit=100"]),
     "harm_detector_lora": Trial(
-        "harm_detector_micro", [*DETECTOR, "pairs.limit=200", "backbone.full_finetune=false",
+        "harm_detector_micro", [*DETECTOR, "pairs.limit=100", "backbone.full_finetune=false",
                                 "detector.lora.dropout=0.1", "backbone.frozen_layers=1"]),
     "detoxifier": Trial("detoxifier", [*DETOXIFIER, "data=micro", "backbone=micro", "detoxifier=micro"]),
     "detoxifier_micro": Trial("detoxifier_micro", DETOXIFIER),
