@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -13,11 +13,11 @@ from evaluation.rows import GenerationLog
 
 
 class GenerationWriter(BasePredictionWriter):
-    """Appends to `generations` and moves `progress`."""
+    """Appends to `generations` what was `missing` there (ids), and moves `progress`."""
 
-    def __init__(self, generations: GenerationLog, progress: Progress) -> None:
+    def __init__(self, generations: GenerationLog, progress: Progress, missing: Collection[str]) -> None:
         super().__init__(write_interval="batch")
-        self.generations, self.progress = generations, progress
+        self.generations, self.progress, self.missing = generations, progress, missing
 
     def write_on_batch_end(
         self,
@@ -29,5 +29,6 @@ class GenerationWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        self.generations.append(batch.prompts, prediction)
-        self.progress.advance(len(batch.prompts))
+        new = [(p, said) for p, said in zip(batch.prompts, prediction, strict=True) if p.id in self.missing]
+        self.generations.append([p for p, _ in new], [said for _, said in new])
+        self.progress.advance(len(new))

@@ -24,9 +24,11 @@ class StoreEmbeddings(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, EmbeddingOptimizer)
-        if pl_module.outbox:
-            self.store.append([self.entry(o) for o in pl_module.outbox])
-            pl_module.outbox.clear()
+        # A resumed attempt makes some steps again (callbacks/slot_checkpoint.py): what is stored stays.
+        new = [self.entry(o) for o in pl_module.outbox if o.job.id not in self.store]
+        if new:
+            self.store.append(new)
+        pl_module.outbox.clear()
 
     def entry(self, outcome: Outcome) -> StoredEmbedding:
         record = outcome.job.record

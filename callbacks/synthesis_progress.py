@@ -38,7 +38,9 @@ class SynthesisProgress(TrainingProgress):
             left = steps_left(pl_module, adam)
             return left and left * (time.monotonic() - began) / max(1, trainer.global_step)
 
-        self._progress = Progress(self.title, self.total, self.unit, done=self.before, estimate=seconds_left)
+        self._progress = Progress(
+            self.title, self.total, self.unit, done=self.before + pl_module.finished, estimate=seconds_left
+        )
         self._progress.__enter__()
 
     def on_train_batch_end(

@@ -11,7 +11,7 @@ import torch
 
 
 class Throughput(L.Callback):
-    """`perf/steps_per_second` since the last entry, `perf/peak_memory_mb` of this process."""
+    """`perf/steps_per_second` since the last row, `perf/peak_memory_mb` of this process."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since, self._step = time.perf_counter(), trainer.global_step
@@ -20,7 +20,8 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         steps = trainer.global_step - self._step
-        if steps < trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        logged = trainer.fit_loop.epoch_loop._batches_that_stepped + 1  # what Lightning goes by
+        if not steps or logged % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         now = time.perf_counter()
         pl_module.log("perf/steps_per_second", steps / (now - self._since), batch_size=1)

@@ -75,14 +75,22 @@ def start_all(request: Request) -> int:
     worst = 0
     for number, overrides in enumerate(runs, 1):
         print(f"run {number} of {len(runs)}: {' '.join(overrides)}", flush=True)
-        try:
-            code = subprocess.call([sys.executable, str(TRAIN), *overrides, *folders])
-        except KeyboardInterrupt:  # the child got Ctrl-C as well and has said how to resume
-            return 130
-        if code in (130, -2):
+        code, interrupted = ended(subprocess.Popen([sys.executable, str(TRAIN), *overrides, *folders]))
+        if interrupted or code in (130, -2):
             return 130
         worst = max(worst, 128 - code if code < 0 else code)
     return worst
+
+
+def ended(process: subprocess.Popen[bytes]) -> tuple[int, bool]:
+    """(exit code, whether Ctrl-C came): the process got it as well; it saves, and says how to resume. A second Ctrl-C
+    ends it at once."""
+    interrupted = False
+    while True:
+        try:
+            return process.wait(), interrupted
+        except KeyboardInterrupt:
+            interrupted = True
 
 
 def combinations(overrides: list[str]) -> list[list[str]]:

@@ -521,6 +521,7 @@ class Pretrain:
     robust_lr: float = doc("peak learning rate of the robust phase", 1.5e-3, low=0)
     robust_style_steps: int = doc("first steps of the robust phase, about the style alone", 120, low=0)
     num_workers: int = doc("loader processes that draw pages", 1, low=0, high=1, free=True)
+    checkpoint_every_steps: int = doc("steps between checkpoints", 100, low=1, free=True)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -38,4 +39,12 @@ class StreamDataModule(L.LightningDataModule):
         assert self.trainer is not None
         self.stream.start = self.trainer.global_step
         # A single worker: two would each draw the whole stream.
-        return DataLoader(self.stream, batch_size=None, num_workers=min(1, self.num_workers))
+        workers = min(1, self.num_workers)
+        return DataLoader(self.stream, batch_size=None, num_workers=workers, worker_init_fn=leave_signals)
+
+
+def leave_signals(worker: int) -> None:
+    """In a loader's process: a terminal sends Ctrl-C to it too, but this fit ends after the step under way, which may
+    wait for a batch. The main process ends its loaders."""
+    for signum in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)

@@ -1,12 +1,13 @@
 """Benchmark prompts in batches for generation, divided among the ranks of a launch.
 
 Text and media stand apart, prompts of like length together. Rank r of n takes every n-th batch from the r-th: batches
-are what they are on one device, so answers do not depend on the number of devices.
+are what they are on one device, so answers do not depend on the number of devices. Nor on an interruption: what is
+missing is asked in the batch it always belonged to, for padding is not quite neutral to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,11 @@ def batched(prompts: Sequence[BenchmarkPrompt], size: int) -> list[list[Benchmar
     return [group[at : at + size] for group in groups for at in range(0, len(group), size)]
 
 
+def unanswered(prompts: Sequence[BenchmarkPrompt], size: int, missing: Collection[str]) -> list[list[BenchmarkPrompt]]:
+    """Of the batches of all prompts those, whole, in which an answer is missing; `missing`: ids."""
+    return [batch for batch in batched(prompts, size) if any(p.id in missing for p in batch)]
+
+
 class PromptBatches(Dataset[PromptBatch]):
     """Media are opened when their batch comes. Raises ValueError naming a file that is missing or broken."""
 
@@ -47,11 +53,13 @@ class PromptBatches(Dataset[PromptBatch]):
 
 
 class PromptDataModule(L.LightningDataModule):
-    def __init__(self, prompts: Sequence[BenchmarkPrompt], size: int, rules: MediaRules) -> None:
+    """`batches`: of all ranks."""
+
+    def __init__(self, batches: Sequence[list[BenchmarkPrompt]], rules: MediaRules) -> None:
         super().__init__()
-        self.prompts, self.size, self.rules = prompts, size, rules
+        self.batches, self.rules = batches, rules
 
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         assert self.trainer is not None
-        mine = batched(self.prompts, self.size)[self.trainer.global_rank :: self.trainer.world_size]
+        mine = self.batches[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(PromptBatches(mine, self.rules), batch_size=None)

@@ -7,6 +7,7 @@ nothing else: 1 x 8 gives the gradients of 8 x 1.
 
 from __future__ import annotations
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,8 @@ class Aligner(L.LightningModule, ABC):
             loss_sum += loss
             for key, value in sums.items():
                 logs[key] = logs.get(key, 0.0) + value
+        if self.attack_radius:
+            logs.setdefault("attacked_loss", math.nan)  # or Lightning logs the last batch's again
         for _ in range(missing):
             self.backward_pass(self.micro_step(*parts[-1], total)[0] * 0)
         average_gradients(self)

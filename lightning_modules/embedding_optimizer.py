@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 import torch
@@ -93,6 +94,7 @@ class EmbeddingOptimizer(L.LightningModule):
         second_moment, common: of the optimiser, `SlotAdam`'s.
         retries: fresh starts from a noisy blank after `max_steps`.
         shared_prefix: compute the prefix of the two samples once (False: two plain rows, the oracle).
+        width: exactly so many slots, for `restore_launch`; None: `slots`, or fewer where the queue is shorter.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class EmbeddingOptimizer(L.LightningModule):
         common: float = 0.0,
         shared_prefix: bool = True,
         seed: int = 0,
+        width: int | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -128,7 +131,7 @@ class EmbeddingOptimizer(L.LightningModule):
         self.retries, self.seed = retries, seed
         self.shared_prefix, self.second_moment, self.common = shared_prefix, second_moment, common
         self.factor = schedule(lr_schedule, warmup_steps, max_steps)
-        self.tensors = SlotTensors(mllm.anchor.E0_by_path, max(1, min(slots, self.total)))
+        self.tensors = SlotTensors(mllm.anchor.E0_by_path, width or max(1, min(slots, self.total)))
         self.table: list[Slot | None] = [None] * len(self.tensors.values[0])
         self.forward_branches = BranchForward(mllm.model, mllm.anchor, mode="auto" if shared_prefix else "plain")
         self.plan: Plan | None = None
@@ -246,7 +249,7 @@ class EmbeddingOptimizer(L.LightningModule):
             for name, moment in optimizer.state[p].items():
                 tensors[f"{path}/{name}"] = moment[busy].contiguous()
         table = [
-            {"id": e.job.id, "attempt": e.attempt, "steps_before": e.steps_before, "age": optimizer.ages[s]}
+            {"id": e.job.id, "attempt": e.attempt, "steps_before": e.steps_before, "age": optimizer.ages[s], "slot": s}
             for s in busy
             if (e := self.table[s]) is not None
         ]
@@ -254,26 +257,70 @@ class EmbeddingOptimizer(L.LightningModule):
 
     @torch.no_grad()
     def restore_slots(
-        self, optimizer: SlotAdam, tensors: Mapping[str, torch.Tensor], table: Sequence[Mapping[str, object]]
+        self, optimizer: SlotAdam, tensors: Mapping[str, torch.Tensor], table: Sequence[Mapping[str, Any]]
     ) -> int:
-        """Takes up saved slots whose job still waits in the queue; returns how many."""
+        """Takes up saved slots whose job still waits in the queue, side by side; returns how many."""
         waiting = {job.id: job for job in self.queue}
         taken = 0
         for row, saved in enumerate(table):
             job = waiting.pop(str(saved["id"]), None)
             if job is None or taken == len(self.table):
                 continue
-            entry = Slot(job, int(str(saved["attempt"])), time.perf_counter(), int(str(saved["steps_before"])))
-            self.start(taken, entry, optimizer)
-            optimizer.ages[taken] = int(str(saved["age"]))
-            for path, p in zip(self.tensors.paths, self.tensors.values, strict=True):
-                p[taken] = tensors[f"{path}/E"][row].to(p.device)
-                for name, moment in optimizer.state[p].items():
-                    moment[taken] = tensors[f"{path}/{name}"][row].to(p.device)
+            self._take_up(taken, job, optimizer, tensors, row, saved)
             taken += 1
+        self._leave_queue()
+        return taken
+
+    def launch_state(self) -> dict[str, Any]:
+        """What `restore_launch` needs beside the slots: how many there are, who waits, and the counters."""
+        return {
+            "slots": len(self.table),
+            "queue": [job.id for job in self.queue],
+            "finished": self.finished,
+            "succeeded": self.succeeded,
+            "finished_steps": self.finished_steps,
+            "loss_by_age": self.loss_by_age,
+        }
+
+    @torch.no_grad()
+    def restore_launch(
+        self,
+        optimizer: SlotAdam,
+        tensors: Mapping[str, torch.Tensor],
+        table: Sequence[Mapping[str, Any]],
+        launch: Mapping[str, Any],
+    ) -> None:
+        """Everything as it was: each embedding in the slot it had, the others waiting in the same order. The module was
+        made with the jobs of both in its queue, and with the same `width`."""
+        waiting = {job.id: job for job in self.queue}
+        for row, saved in enumerate(table):
+            self._take_up(saved["slot"], waiting[saved["id"]], optimizer, tensors, row, saved)
+        self.queue = deque(waiting[id] for id in launch["queue"])
+        self.finished, self.succeeded = launch["finished"], launch["succeeded"]
+        self.finished_steps = launch["finished_steps"]
+        # JSON's keys are texts.
+        self.loss_by_age = {int(age): list(sums) for age, sums in launch["loss_by_age"].items()}
+
+    def _take_up(
+        self,
+        slot: int,
+        job: SynthesisJob,
+        optimizer: SlotAdam,
+        tensors: Mapping[str, torch.Tensor],
+        row: int,
+        saved: Mapping[str, Any],
+    ) -> None:
+        entry = Slot(job, int(saved["attempt"]), time.perf_counter(), int(saved["steps_before"]))
+        self.start(slot, entry, optimizer)
+        optimizer.ages[slot] = int(saved["age"])
+        for path, p in zip(self.tensors.paths, self.tensors.values, strict=True):
+            p[slot] = tensors[f"{path}/E"][row].to(p.device)
+            for name, moment in optimizer.state[p].items():
+                moment[slot] = tensors[f"{path}/{name}"][row].to(p.device)
+
+    def _leave_queue(self) -> None:
         resumed = {entry.job.id for entry in self.table if entry is not None}
         self.queue = deque(job for job in self.queue if job.id not in resumed)
-        return taken
 
 
 def hash_seed(*parts: object) -> int:

@@ -82,9 +82,12 @@ class HarmDetector(L.LightningModule):
         loss = loss * ranks
         with torch.no_grad():
             right = ((z_L > 0) == (h_L > 0.5)).float().sum() * ranks
-            logs = {"detector/accuracy": right / (batch.harmless + batch.harmful)}
-            if batch.pairs:
-                logs["detector/pair_accuracy"] = (better > worse).float().sum() * ranks / batch.pairs
+            ordered = (better > worse).float().sum() * ranks
+            logs = {
+                "detector/accuracy": right / (batch.harmless + batch.harmful),
+                # NaN without a pair: Lightning would log the last batch's value again for one that is left out.
+                "detector/pair_accuracy": ordered / batch.pairs,
+            }
         self.log_dict(logs, batch_size=1, sync_dist=True)
         self.log("detector/loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
         return loss

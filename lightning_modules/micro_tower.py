@@ -16,6 +16,7 @@ share a direction, the direction that makes the model name a word is the directi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import lightning as L
@@ -82,6 +83,7 @@ class MicroTower(L.LightningModule):
             loss = loss + label.weight * each
             hit = (logits.argmax(-1) == target)[(target != IGNORE) & (target != label.background)].float().mean()
             logs |= {f"tower/{label.name}_loss": each.detach(), f"tower/{label.name}_accuracy": hit}
+        logs["tower/caption_loss"] = torch.full((), math.nan)  # or Lightning logs the last batch's again
         if (chosen := batch["first"] != IGNORE).any():
             labels = [batch[name][chosen] for name in ("first", "object", "style")]
             caption_loss = self.caption_loss(whole[chosen], labels)

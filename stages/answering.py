@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from callbacks.generation_writer import GenerationWriter
 from callbacks.progress import Progress
 from configs.schema import Config
 from datamodules.benchmark_prompts import BenchmarkPrompt
-from datamodules.prompt_batches import PromptDataModule, batched
+from datamodules.prompt_batches import PromptDataModule, unanswered
 from evaluation.rows import GenerationLog
 from lightning_modules.answerer import Answerer
 from mllm.loading import MLLM, load
@@ -60,11 +60,10 @@ def answer_all(
         ids = {variant: [p.id for p in log.todo(prompts)] for variant, log in logs.items()}
         write_json(stage.folder / TODO, {"session": run.session, "todo": ids})
     todo = wait_for(lambda: _of_session(stage.folder / TODO, run.session), "the list of prompts to answer")
-    by_id = {p.id: p for p in prompts}
     rank, world = 0, 1
     for variant, ids in todo["todo"].items():
         if ids:
-            rank, world = generate(cfg, stage, trained, logs[variant], [by_id[id] for id in ids], len(prompts))
+            rank, world = generate(cfg, stage, trained, logs[variant], prompts, set(ids))
     if not run.leader:
         if rank:
             write_json(stage.folder / f"part-{rank}.json", {"session": run.session})
@@ -86,10 +85,10 @@ def generate(
     stage: Stage,
     trained: Path,
     generations: GenerationLog,
-    todo: Sequence[BenchmarkPrompt],
-    total: int,
+    prompts: Sequence[BenchmarkPrompt],
+    missing: Collection[str],
 ) -> tuple[int, int]:
-    """This rank's share of one variant's answers. Returns (rank, number of ranks)."""
+    """This rank's share of one variant's answers to those that are `missing` (ids). Returns (rank, number of ranks)."""
     variant, spec = generations.variant, cfg.model
     if cfg.evaluate.system_prompt is not None:
         spec = dataclasses.replace(spec, system_prompt=cfg.evaluate.system_prompt)
@@ -99,13 +98,14 @@ def generate(
     # Answers are those of the weights as they are loaded, whatever the precision of training.
     answering = trainer(cfg, stage.folder, variant, [], SeparateRanks, logged=False, precision="32-true")
     rank, world = answering.global_rank, answering.world_size
-    data = PromptDataModule(todo, cfg.evaluate.batch_size, media_rules(cfg, mllm))
-    mine = sum(map(len, batched(todo, cfg.evaluate.batch_size)[rank::world]))
+    batches = unanswered(prompts, cfg.evaluate.batch_size, missing)
+    data = PromptDataModule(batches, media_rules(cfg, mllm))
+    mine = sum(p.id in missing for batch in batches[rank::world] for p in batch)
     title = f"evaluate {variant}" if world == 1 else f"evaluate {variant}, rank {rank} of {world}"
-    before = total - len(todo)
+    before = len(prompts) - len(missing)
     own = generations if rank == 0 else GenerationLog(_own(generations.path, rank), variant)
     with Progress(title, before + mine, "answers", done=before) as progress, own:
-        answering.callbacks.append(GenerationWriter(own, progress))  # type: ignore[attr-defined]
+        answering.callbacks.append(GenerationWriter(own, progress, missing))  # type: ignore[attr-defined]
         answering.predict(Answerer(mllm, model, cfg.evaluate.max_new_tokens), data, return_predictions=False)
     return rank, world
 

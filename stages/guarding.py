@@ -40,10 +40,15 @@ def guard_answers(cfg: Config, run: Run, generated: Mapping[str, Sequence[Genera
             for variant, rows in todo.items():
                 total = len(generated[variant])
                 progress = Progress(f"guard {variant}", total, "answers", done=total - len(rows))
+                missing = {row.id for row in rows}
                 with logs[variant] as file, progress:
-                    for batch in batches(rows, cfg.protector.batch_size):
-                        file.append(guarding.rows(batch))
-                        progress.advance(len(batch))
+                    # Of all answers, whole: what a score is rounded to depends a little on what stands beside it.
+                    for batch in batches(generated[variant], cfg.protector.batch_size):
+                        if not any(row.id in missing for row in batch):
+                            continue
+                        new = [row for row in guarding.rows(batch) if row.id in missing]
+                        file.append(new)
+                        progress.advance(len(new))
     found = [row for variant, rows in generated.items() for row in logs[variant].rows(rows)]
     if broken := sum(row.reason in RETRIED for row in found):
         log.warning(

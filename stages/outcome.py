@@ -54,13 +54,15 @@ def _end(signum: int, frame: FrameType | None) -> None:
     # In a fit callbacks/interruption.py has taken the handler's place and stops after a whole batch. Between the two
     # Lightning has its own before this one; it then raises SIGTERMException, which by itself would exit with 0.
     if signal.getsignal(signum) is _end:
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once, whatever it does
         raise SystemExit(EXIT_CODES[signum])
 
 
 def _code_of_exit(end: SystemExit) -> int:
     if type(end).__name__ == "SIGTERMException":
         return 143
-    if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into sys.exit(1)
+    if isinstance(end.__context__, KeyboardInterrupt):  # raised elsewhere: Lightning turns it into sys.exit(1)
         return 130
     return end.code if isinstance(end.code, int) else 1
 

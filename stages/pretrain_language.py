@@ -90,8 +90,8 @@ def run(cfg: Config, run: Run) -> None:
             style_alone,
         )
         folder = stage.folder / "checkpoints" / name
-        callbacks = [*checkpoints(folder, 100), TrainingProgress(name)]
-        fitting = trainer(cfg, stage.folder, name, callbacks, max_steps=module.steps, max_epochs=-1)
+        callbacks = [*checkpoints(folder, p.checkpoint_every_steps), TrainingProgress(name)]
+        fitting = trainer(cfg, stage.folder, name, callbacks, part=name, max_steps=module.steps, max_epochs=-1)
         fitting.fit(module, LessonsDataModule(lessons), ckpt_path=last_checkpoint(folder), weights_only=True)
 
     common: dict[str, Any] = {"micro_batch_size": p.language_pictures * 6, "weight_decay": 0.01}

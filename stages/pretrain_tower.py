@@ -21,9 +21,6 @@ from mllm.micro_tokenizer import words_of
 from stages.runs import Run
 from stages.trainers import trainer
 
-EVERY = 100
-"""Steps between two checkpoints."""
-
 
 def run(cfg: Config, run: Run) -> None:
     """Writes `pretrain_tower/tower.safetensors`."""
@@ -48,7 +45,7 @@ def run(cfg: Config, run: Run) -> None:
     )
     data = StreamDataModule(medium.tower_stream(p.tower_batch_size, p.tower_steps, cfg.seed), p.num_workers)
     folder = stage.folder / "checkpoints"
-    callbacks = [*checkpoints(folder, EVERY), TrainingProgress("tower")]
+    callbacks = [*checkpoints(folder, p.checkpoint_every_steps), TrainingProgress("tower")]
     fitting = trainer(
         cfg,
         stage.folder,

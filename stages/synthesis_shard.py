@@ -33,6 +33,7 @@ from stages.synthesize import (
     settings,
     store_path,
     text_records,
+    to_do,
     work,
 )
 from stages.trainers import device_of
@@ -73,7 +74,7 @@ def work_on_shard(cfg: Config, run: Run, stage: Stage, name: str) -> None:
             plan = make_plan(run.session, mine, store, cfg.synthesis.verify)
             gather_slots(stage.folder, plan.missing)
             publish(stage.folder, plan)
-        parts = work(cfg, run, stage, mllm, mine, store, plan) if plan.missing or plan.unverified else []
+        parts = work(cfg, run, stage, mllm, mine, store, plan) if to_do(stage, plan) else []
     if run.leader:
         keep_figures(stage.folder, parts)
         forget_slots(stage.folder)

@@ -20,7 +20,7 @@ import lightning as L
 
 from callbacks.interruption import StopWhenTold
 from callbacks.progress import Progress
-from callbacks.slot_checkpoint import SlotCheckpoint, forget_slots, gather_slots
+from callbacks.slot_checkpoint import GATHERED, SlotCheckpoint, exact_slots, forget_slots, gather_slots
 from callbacks.store_embeddings import StoreEmbeddings
 from callbacks.synthesis_progress import SynthesisProgress
 from callbacks.throughput import peak_memory_mb
@@ -93,12 +93,17 @@ def run(cfg: Config, run: Run) -> None:
             plan = make_plan(run.session, records, store, cfg.synthesis.verify)
             gather_slots(stage.folder, plan.missing)
             publish(stage.folder, plan)
-        parts = work(cfg, run, stage, mllm, records, store, plan) if plan.missing or plan.unverified else []
+        parts = work(cfg, run, stage, mllm, records, store, plan) if to_do(stage, plan) else []
         if run.leader:
             keep_figures(stage.folder, parts)
             complete(stage, records, store)
     if not run.leader:
         stage.finish()
+
+
+def to_do(stage: Stage, plan: Plan) -> bool:
+    """Whether anything is left: where slots are, the attempt that made the last embeddings left no figures."""
+    return bool(plan.missing or plan.unverified or (stage.folder / GATHERED).exists())
 
 
 def complete(stage: Stage, records: Sequence[Record], store: EmbeddingStore) -> None:
@@ -150,27 +155,30 @@ def work(
     by_id = {r.id: r for r in records}
     keep = StoreEmbeddings(store, cfg.model.path, cfg.model.revision, settings_hash(run))
     resume = SlotCheckpoint(stage.folder, cfg.synthesis.checkpoint_every_steps)
-    once: dict[str, Any] = {"max_epochs": 1, "enable_checkpointing": False}
-    callbacks = [resume, keep, StopWhenTold(resume.save)]
-    fit = trainer(cfg, stage.folder, "synthesize", callbacks, SeparateRanks, **once)
+    callbacks = [resume, keep, StopWhenTold(resume.ask)]
+    fit = trainer(cfg, stage.folder, "synthesize", callbacks, SeparateRanks, max_epochs=1)
     rank, world = fit.global_rank, fit.world_size
     missing, unverified = plan.share(rank, world)
-    before = len(records) - len(plan.missing)
+    resume.exact = exact_slots(stage.folder, missing, by_id) if world == 1 else None
+    todo, finished = (missing, 0) if resume.exact is None else (resume.exact.ids, resume.exact.finished)
+    before = len(records) - finished - (len(plan.missing) if resume.exact is None else len(todo))
     title = stage.name if world == 1 else f"{stage.name}, rank {rank} of {world}"
-    fit.callbacks.append(SynthesisProgress(title, before, before + len(missing)))  # type: ignore[attr-defined]
+    progress = SynthesisProgress(title, before, before + finished + len(todo))
+    fit.callbacks.append(progress)  # type: ignore[attr-defined]
     began = time.perf_counter()
-    module = optimizer(cfg, mllm, [by_id[id] for id in missing])
+    module = optimizer(cfg, mllm, [by_id[id] for id in todo], None if resume.exact is None else resume.exact.width)
     fit.fit(module, SynthesisDataModule(lambda: module.busy))
     seconds = time.perf_counter() - began
     if cfg.synthesis.verify:
-        verify(cfg, mllm, [by_id[id] for id in (*missing, *unverified)], store)
+        # One process: of all records, so that the batches are those of an attempt that was not interrupted.
+        verify(cfg, mllm, records if world == 1 else [by_id[id] for id in (*missing, *unverified)], store)
     figures = Part(plan.session, rank, seconds, len(missing), round(peak_memory_mb()), module.loss_by_age)
     leave_part(stage.folder, figures)
     return await_parts(stage.folder, plan.session, world) if rank == 0 else []
 
 
-def optimizer(cfg: Config, mllm: MLLM, records: Sequence[Record]) -> EmbeddingOptimizer:
-    """The embedding optimiser with these records in its queue."""
+def optimizer(cfg: Config, mllm: MLLM, records: Sequence[Record], width: int | None = None) -> EmbeddingOptimizer:
+    """The embedding optimiser with these records in its queue; `width`: exactly so many slots."""
     media_ids = sorted(mllm.anchor.media_token_ids)
     s = cfg.synthesis
     return EmbeddingOptimizer(
@@ -191,30 +199,40 @@ def optimizer(cfg: Config, mllm: MLLM, records: Sequence[Record]) -> EmbeddingOp
         common=s.common,
         shared_prefix=s.shared_prefix,
         seed=cfg.seed,
+        width=width,
     )
 
 
 def verify(cfg: Config, mllm: MLLM, records: Sequence[Record], store: EmbeddingStore) -> None:
-    """VSR: asks a *different* question about every E; marks whether the phrase is in the free answer."""
-    ids = set(store.ids(status="ok"))
-    todo = [r for r in records if r.id in ids and store.meta(r.id).verified is None]
+    """VSR: asks a *different* question about every E; marks whether the phrase is in the free answer.
+
+    Batches are of all that are ok, whatever is marked already: padding is not quite neutral to rounding.
+    """
+    ok = set(store.ids(status="ok"))
+    asked_about = [r for r in records if r.id in ok]
+    size = cfg.synthesis.slots
+    batches = [asked_about[at : at + size] for at in range(0, len(asked_about), size)]
+    todo = {r.id for r in asked_about if store.meta(r.id).verified is None}
     prompts = cfg.model.prompts
     questions = {"activity": prompts.verify_activity, "product": prompts.verify_product}
     with Progress("verify", len(todo), "embeddings") as progress:
-        for at in range(0, len(todo), cfg.synthesis.slots):
-            part = todo[at : at + cfg.synthesis.slots]
+        for part in batches:
+            if not any(r.id in todo for r in part):
+                continue
             E = {path: e.flatten(0, 1).to(mllm.model.device) for path, e in store.batch([r.id for r in part]).items()}
             asked = [
                 questions[r.concept.kind].format(modality=cfg.model.modality) for r in part if r.concept is not None
             ]
             answers = answer_embedded(mllm, asked, E, cfg.synthesis.verify_max_new_tokens)
             for record, answer in zip(part, answers, strict=True):
+                if record.id not in todo:
+                    continue
                 assert record.concept is not None
                 concept = record.concept
                 # A phrase of signs alone ("?!", an emoji) cannot be looked for: not verified, rather than no synthesis.
                 shown = shows_concept(answer, concept.phrase, concept.sentence) if words_of(concept.phrase) else None
                 store.mark(record.id, verified=shown, answer=answer, judge="phrase")
-            progress.advance(len(part))
+                progress.advance()
 
 
 def summary(stage: Stage, records: Sequence[Record], store: EmbeddingStore) -> dict[str, Any]:

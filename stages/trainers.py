@@ -13,9 +13,10 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
+from callbacks.metrics_file import MetricsFile
 from callbacks.throughput import Throughput
 from callbacks.wandb_run import StageLogger, wandb_run
 from configs.schema import Config
@@ -93,13 +94,14 @@ def precision_of(cfg: Config) -> str:
     return "bf16-mixed" if native else "32-true"
 
 
-def loggers(cfg: Config, folder: Path, name: str) -> list[Logger]:
-    """CSV and TensorBoard in the stage's folder; W&B, offline unless told otherwise, in the run's."""
+def loggers(cfg: Config, folder: Path, name: str, part: str = "") -> list[Logger]:
+    """CSV and TensorBoard in the stage's folder (a part's: in one below); W&B, offline unless told otherwise, in the
+    run's."""
     made: list[Logger] = []
     if cfg.logger.csv:
-        made.append(CSVLogger(folder, name="", version="metrics", flush_logs_every_n_steps=20))
+        made.append(MetricsFile(folder / part))
     if cfg.logger.tensorboard:
-        made.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+        made.append(TensorBoardLogger(folder / part, name="", version="tensorboard"))
     if cfg.logger.wandb:
         run = folder.parent if folder.parent.name != "align" else folder.parent.parent
         if "shard-" in folder.name:  # jobs of their own, at the same time: each is a W&B run of its own
@@ -122,6 +124,7 @@ def trainer(
     callbacks: Sequence[L.Callback],
     together: type[DDPStrategy] | None = None,
     logged: bool = True,
+    part: str = "",
     precision: str | None = None,
     **arguments: Any,
 ) -> L.Trainer:
@@ -130,6 +133,7 @@ def trainer(
     Args:
         together: of stages/strategies.py, in place of plain DDP where there are several processes.
         logged: with the loggers of the configuration.
+        part: of a stage that fits several times: a name for the folder of this fit's curve.
         precision: in place of `trainer.precision`.
         arguments: go to `lightning.Trainer` as they are (max_steps, max_epochs, ...).
 
@@ -151,7 +155,7 @@ def trainer(
         precision=precision or precision_of(cfg),  # type: ignore[arg-type]
         deterministic=t.deterministic,
         log_every_n_steps=t.log_every_n_steps,
-        logger=loggers(cfg, folder, name) if logged else False,
+        logger=loggers(cfg, folder, name, part) if logged else False,
         callbacks=[*callbacks, *([Throughput()] if cfg.callbacks.throughput else [])],
         plugins=[AtomicCheckpoints(), *launched_by()],
         enable_progress_bar=False,

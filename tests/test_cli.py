@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from configs.cli import combinations
+from configs.cli import combinations, ended
 from configs.keys import schema
 from configs.pages import experiment_list, groups, header, help_page
 from configs.schema import Config
@@ -123,3 +126,18 @@ def test_help_keeps_a_value_of_several_lines_on_one() -> None:
 def test_every_group_of_the_schema_has_a_line_of_help() -> None:
     for name, field in Config.__dataclass_fields__.items():
         assert field.metadata["help"], name
+
+
+def test_ctrl_c_in_a_multirun_waits_until_the_run_has_saved() -> None:
+    saves = "import signal, sys, time; signal.signal(2, lambda *_: (time.sleep(1), sys.exit(130))); "
+    saves += "print(flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", saves], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()  # its handler is in place
+
+    def ctrl_c() -> None:
+        process.send_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Timer(0.2, ctrl_c).start()
+    assert ended(process) == (130, True)

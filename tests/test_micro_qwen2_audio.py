@@ -126,5 +126,5 @@ def test_the_recipe_runs_in_a_short_form_and_learns(tmp_path: Path, monkeypatch:
     assert train.main(["experiment=pretrain_micro_audio", f"run_dir={folder}", *short]) == 0
     made = Qwen2AudioForConditionalGeneration.from_pretrained(folder / "pretrain_language" / "model")
     assert made.config.audio_config.model_type == "qwen2_audio_encoder"
-    losses = losses_of(folder / "pretrain_language" / "metrics" / "metrics.csv")
+    losses = losses_of(folder / "pretrain_language" / "robust" / "metrics" / "metrics.csv")
     assert losses[-1] < losses[0]

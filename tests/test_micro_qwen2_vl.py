@@ -131,5 +131,5 @@ def test_the_recipe_runs_in_a_short_form_and_learns(tmp_path: Path, monkeypatch:
     ]
     assert train.main(["experiment=pretrain_micro_video", f"run_dir={folder}", *short]) == 0
     Qwen2VLForConditionalGeneration.from_pretrained(folder / "pretrain_language" / "model")
-    losses = losses_of(folder / "pretrain_language" / "metrics" / "metrics.csv")
+    losses = losses_of(folder / "pretrain_language" / "robust" / "metrics" / "metrics.csv")
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
