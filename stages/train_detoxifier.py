@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ import lightning as L
 import torch
 
 from callbacks.progress import Progress
+from callbacks.report_logger import log_values
+from callbacks.wandb_artifacts import log_artifact
 from configs.schema import Config
 from datamodules.durable import write_durably
 from datamodules.qa_batches import StepDataModule
 from datamodules.qa_pairs import Part, QAPair
 from datamodules.rewriting import RewriteBatches, Rewriting, encode_rewriting, rewritings
+from evaluation.objective import detoxifier_objective
 from evaluation.rewriting_metrics import rewriting_metrics
 from evaluation.similarity import SentenceSimilarity
 from lightning_modules.detoxifier import DetoxifierTuner, target_logps
@@ -81,6 +84,9 @@ def train_and_export(cfg: Config, run: Run) -> None:
         folder = stage.folder / "detoxifier"
         export(module.model, tokenizer, folder, b.path, b.full_finetune)
         spec(cfg, template, result).save(folder)
+        values = {f"eval/detoxifier/{part}/token_nll": value for part, value in nll.items()}
+        log_values(cfg, run.path, stage.name, values)
+        log_artifact(cfg, run.path, "detoxifier", folder, {"token_nll": nll})
     stage.finish(result)
 
 
@@ -132,7 +138,21 @@ def evaluate(cfg: Config, run: Run) -> None:
     result = measure(cfg, stage, detoxifier, examples, rewritten)
     write_json(stage.folder / "metrics.json", result)
     log.info("%s", told(result))
+    log_values(cfg, run.path, stage.name, measured_values(result))
     stage.finish(result)
+
+
+def measured_values(result: Mapping[str, Any]) -> dict[str, float]:
+    """For loggers: every number, the rates as their values; the objective is of all rewritten answers."""
+    values: dict[str, float] = {}
+    for group, metrics in result.items():
+        for name, value in metrics.items():
+            number = value["value"] if isinstance(value, dict) else value
+            if number is not None:
+                values[f"eval/detoxifier/{group}/{name}"] = number
+    if (tuned := detoxifier_objective(result["all"])) is not None:
+        values["objective/detoxifier"] = tuned
+    return values
 
 
 def chosen_examples(cfg: Config, pairs: Sequence[QAPair]) -> list[Rewriting]:
