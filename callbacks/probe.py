@@ -8,13 +8,12 @@ step at which training ended.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 
-from datamodules.prompt_batches import PromptBatch
+from datamodules.prompt_batches import PromptBatches
 from evaluation.objective import answers_objective
 from evaluation.rows import GenerationRow
 from mllm.generate import answer
@@ -38,7 +37,7 @@ class Probe(L.Callback):
         self,
         name: str,
         mllm: MLLM,
-        batches: Sequence[PromptBatch],
+        batches: PromptBatches,
         every: int,
         max_new_tokens: int,
         patience: int | None = None,

@@ -5,15 +5,17 @@ content, both read from the folder alone: so the store that one run logs and ano
 whichever machine either ran. `logger.artifacts=reference` leaves the files where they are (W&B gets checksums and
 paths).
 
-wandb's public API declares no inputs offline (`Run.use_artifact` raises). Its own way of using an artifact that the
-server may not know yet is recorded offline too, so it is called here; `wandb sync` then draws the edge.
+wandb's public API declares no inputs offline (`Run.use_artifact` raises). What that itself calls, for an artifact that
+the server may not know yet, is recorded offline too, so it is called here; `wandb sync` then draws the edge.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,31 +25,40 @@ from configs.schema import Config
 if TYPE_CHECKING:
     from wandb import Artifact, Run
 
+log = logging.getLogger(__name__)
+
 KINDS = {"store": "embedding-store", "adapter": "adapter", "detector": "detector", "detoxifier": "detoxifier"}
 """First word of the name -> W&B's type of artifact."""
 
 
 def log_artifact(cfg: Config, run_dir: Path, kind: str, folder: Path, about: Mapping[str, Any]) -> None:
     """This run made the folder. `about`: JSON values, shown beside it. Nothing happens without `logger.wandb`."""
-    if run := _run(cfg, run_dir):
-        run.log_artifact(_artifact(cfg, kind, folder, about), aliases=[run.id])
+    with _run(cfg, run_dir, folder) as run:
+        if run is not None:
+            run.log_artifact(_artifact(cfg, kind, folder, about), aliases=[run.id])
 
 
 def use_artifact(cfg: Config, run_dir: Path, kind: str, folder: Path) -> str | None:
     """This run reads the folder, whoever made it. Returns name and digest: of one content, the same everywhere."""
-    run = _run(cfg, run_dir)
-    if run is None:
-        return None
-    used = _artifact(cfg, kind, folder, {})
-    if run.offline:
-        run._log_artifact(used, is_user_created=True, use_after_commit=True)
-    else:
-        run.use_artifact(used)
-    return f"{used.name.partition(':')[0]}@{used.digest}"
+    with _run(cfg, run_dir, folder) as run:
+        if run is not None:
+            used = _artifact(cfg, kind, folder, {})
+            run._log_artifact(used, is_user_created=True, use_after_commit=True)
+            return f"{artifact_name(kind, folder)}@{used.digest}"
+    return None
 
 
-def _run(cfg: Config, run_dir: Path) -> Run | None:
-    return wandb_run(cfg, run_dir) if cfg.logger.wandb and cfg.logger.artifacts != "none" else None
+@contextmanager
+def _run(cfg: Config, run_dir: Path, folder: Path) -> Iterator[Run | None]:
+    """What W&B refuses costs the artifact, not the training that has led to it."""
+    if not cfg.logger.wandb or cfg.logger.artifacts == "none":
+        yield None
+        return
+    run = wandb_run(cfg, run_dir)
+    try:
+        yield run
+    except Exception as error:
+        log.warning("W&B: %s is not recorded as an artifact (%s: %s)", folder, type(error).__name__, error)
 
 
 def _artifact(cfg: Config, kind: str, folder: Path, about: Mapping[str, Any]) -> Artifact:

@@ -21,7 +21,8 @@ def sweep_run() -> str | None:
 def end_wandb(code: int) -> None:
     """Ends the W&B run, if there is one, with the exit code of this process.
 
-    wandb's own hook would not see it: it takes the place of `sys.exit`, which train.py has looked up before. A run that is to be started again is marked as preempted, so that a sweep hands it to the next agent.
+    wandb's own hook would not see it: it takes the place of `sys.exit`, which train.py has looked up before. A run that
+    is to be started again is marked as preempted, so that a sweep hands it to the next agent.
     """
     run: Any = getattr(sys.modules.get("wandb"), "run", None)
     if run is None:

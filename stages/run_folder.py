@@ -31,7 +31,7 @@ _open_here: set[Path] = set()
 
 
 def choose(cfg: Config, leader: bool) -> Path:
-    """The run directory, absolute. A run without a name gets a new folder each time, unless a sweep or SLURM names it."""
+    """The run directory, absolute. A run without a name gets a new folder each time, but for a sweep's or SLURM's."""
     if not leader and ranks.RUN_DIR in os.environ:
         return Path(os.environ[ranks.RUN_DIR])
     if cfg.run_dir is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from datamodules.qa_batches import StepDataModule
 from datamodules.qa_pairs import Part, QAPair
 from datamodules.rewriting import RewriteBatches, Rewriting, encode_rewriting, rewritings
 from evaluation.objective import detoxifier_objective
-from evaluation.rewriting_metrics import rewriting_metrics
+from evaluation.rewriting_metrics import numbers, rewriting_metrics
 from evaluation.similarity import SentenceSimilarity
 from lightning_modules.detoxifier import DetoxifierTuner, target_logps
 from mllm.backbones import backbone_folder, load_causal, load_tokenizer
@@ -138,21 +138,11 @@ def evaluate(cfg: Config, run: Run) -> None:
     result = measure(cfg, stage, detoxifier, examples, rewritten)
     write_json(stage.folder / "metrics.json", result)
     log.info("%s", told(result))
-    log_values(cfg, run.path, stage.name, measured_values(result))
-    stage.finish(result)
-
-
-def measured_values(result: Mapping[str, Any]) -> dict[str, float]:
-    """For loggers: every number, the rates as their values; the objective is of all rewritten answers."""
-    values: dict[str, float] = {}
-    for group, metrics in result.items():
-        for name, value in metrics.items():
-            number = value["value"] if isinstance(value, dict) else value
-            if number is not None:
-                values[f"eval/detoxifier/{group}/{name}"] = number
+    values = numbers("eval/detoxifier", result)
     if (tuned := detoxifier_objective(result["all"])) is not None:
         values["objective/detoxifier"] = tuned
-    return values
+    log_values(cfg, run.path, stage.name, values)
+    stage.finish(result)
 
 
 def chosen_examples(cfg: Config, pairs: Sequence[QAPair]) -> list[Rewriting]:

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
+import train
 from configs.compose import compose, last_wins
 from configs.keys import find, leaves
-from tests.wandb_server import PROJECT, SWEEP, SeenRun, WandbServer
+from evaluation.objective import report_objectives
+from tests.wandb_server import PROJECT, SWEEP, SeenRun, WandbServer, inspected
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "scripts" / "sweeps").glob("*.yaml"))
@@ -99,13 +101,19 @@ def leader(run_dir: Path) -> int:
     return int(match[1])
 
 
-@pytest.fixture(scope="module")
-def sea(tmp_path_factory: pytest.TempPathFactory) -> tuple[WandbServer, Path, str]:
-    """Two trials: the first is told to make room after its second probe, the second is pruned.
+def objectives(run: SeenRun) -> list[float]:
+    return [row["objective/sea_dpo"] for row in run.history if "objective/sea_dpo" in row]
 
-    A finished run that nobody can beat is known to the sweep from then on.
-    """
-    place = tmp_path_factory.mktemp("agent")
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("agent")
+
+
+@pytest.fixture(scope="module")
+def server(place: Path) -> WandbServer:
+    """Two trials: the first is told to make room after its second probe and comes back, the second is pruned: the sweep
+    has then had a run that nobody can beat. Returned with all that it has seen."""
     told: list[str] = []
 
     def make_room(run: SeenRun) -> bool:
@@ -114,12 +122,100 @@ def sea(tmp_path_factory: pytest.TempPathFactory) -> tuple[WandbServer, Path, st
             os.kill(leader(place / "runs" / "sea_image" / f"sweep-{SWEEP}-{run.name}"), signal.SIGUSR1)
         return False
 
-    sweep = sweep_of("sea", *SMALL, early_terminate={"type": "hyperband", "min_iter": 2, "eta": 2})
+    sweep = sweep_of("sea", *SMALL, early_terminate={"type": "hyperband", "min_iter": 1, "eta": 2})
     server = WandbServer(sweep, trials=2, on_history=make_room)
+
+    def nobody_can_beat(run: SeenRun) -> bool:
+        if run.name == "trial1" and not server.known:
+            history = [{"objective/sea_dpo": 1.5}] * 100
+            config = {key: {"value": value} for key, value in server.given["trial0"].items()}
+            server.known = [
+                {"name": f"best{i}", "state": "finished", "config": config, "history": history} for i in "ab"
+            ]
+        return make_room(run)
+
+    server.on_history = nobody_can_beat
     with server:
         done = agent(server, place)
-    return server, place, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not server.errors, server.errors
+    return server
 
 
-def objectives(run: SeenRun) -> list[float]:
-    return [row["objective/sea_dpo"] for row in run.history if "objective/sea_dpo" in row]
+def test_the_agents_trial_is_told_to_make_room_and_goes_on_as_the_same_run(server: WandbServer, place: Path) -> None:
+    run = server.runs["trial0"]
+    assert (run.starts, run.exit_codes, run.preempting > 0, run.state) == (2, [75, 0], True, "finished")
+    assert {key: run.config[key] for key in server.given["trial0"]} == server.given["trial0"]
+    steps = [row["_step"] for row in run.history]
+    assert steps == sorted(set(steps))
+    fit = [row["trainer/global_step"] for row in run.history if "sea_dpo/align/loss" in row]
+    assert fit == sorted(set(fit)), "no step of the alignment was done twice"
+    assert len(objectives(run)) == 30 + 1  # a probe after each step, and the report
+    folder = place / "runs" / "sea_image" / f"sweep-{SWEEP}-trial0"
+    report = json.loads((folder / "report.json").read_text())
+    assert run.summary["objective/sea_dpo"] == report_objectives(report["results"])["sea_dpo"] == objectives(run)[-1]
+    assert len(list((folder / "wandb").glob("run-*-trial0"))) == 2
+
+
+def test_a_pruned_trial_has_saved_its_work_and_ends_with_143(server: WandbServer, place: Path) -> None:
+    run = server.runs["trial1"]
+    assert (run.exit_codes, run.state) == ([143], "failed")
+    assert 1 <= len(objectives(run)) < 31
+    folder = place / "runs" / "sea_image" / f"sweep-{SWEEP}-trial1"
+    assert (folder / "align" / "sea_dpo" / "checkpoints" / "last.ckpt").exists()
+    assert not (folder / "report.json").exists()
+
+
+def test_artifacts_lead_from_the_report_back_to_the_store(server: WandbServer) -> None:
+    run = server.runs["trial0"]
+    kinds = {server.artifacts[id]["type"] for id in run.logged}
+    assert {"embedding-store", "adapter", "run_table"} <= kinds
+    (store,) = (id for id in run.logged if id.startswith("store-micro_llava@"))
+    adapters = {id for id in run.logged if id.startswith("adapter-micro_llava@")}
+    assert len(adapters) == 2
+    assert {store, *adapters} <= set(run.used)
+    made_from = [json.loads(server.artifacts[id]["metadata"]).get("store") for id in adapters]
+    assert sorted(made_from, key=str) == [None, store]
+
+
+def documented() -> dict[str, re.Pattern[str]]:
+    """The table of docs/sweeps.md: name -> what it matches. `<fit>` and the like stand for one part of a name."""
+    text = (ROOT / "docs" / "sweeps.md").read_text()
+    table = text.split("| metric | what |")[1].split("\n\n")[0]
+    names = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    return {name: re.compile(re.sub(r"<\w+>", "[^/]+", name)) for name in names}
+
+
+def undocumented(names: Iterable[str]) -> set[str]:
+    own = {name for name in names if not name.startswith("_")}  # W&B's own: _step, _runtime, _timestamp
+    return {name for name in own if not any(pattern.fullmatch(name) for pattern in documented().values())}
+
+
+def test_the_table_of_metrics_is_what_is_logged(server: WandbServer, guards: set[str]) -> None:
+    logged = {name for run in server.runs.values() for row in run.history for name in row} | guards
+    assert undocumented(logged) == set()
+    unseen = {n for n, pattern in documented().items() if not any(pattern.fullmatch(name) for name in logged)}
+    assert unseen == {"<fit>/tower/<metric>"}  # only where the embedded model is made
+    assert "tower/loss" in (ROOT / "lightning_modules" / "micro_tower.py").read_text()
+
+
+@pytest.fixture(scope="module")
+def guards(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names that training and measuring detector and detoxifier log, offline."""
+    folder = tmp_path_factory.mktemp("guards")
+    common = ["logger=wandb", "trainer.log_every_n_steps=1"]
+    words = ["experiment=harm_detector_micro", f"run_dir={folder / 'd'}", "detector.epochs=0.05", *common]
+    assert train.main(words) == 0
+    detector = folder / "d" / "train_detector" / "detector"
+    rewriting = ["detoxifier.epochs=0.05", "detoxifier.evaluate=4", "detoxifier.max_new_tokens=8"]
+    words = ["experiment=detoxifier_micro", f"run_dir={folder / 'x'}", f"detoxifier.detector={detector}", *rewriting]
+    assert train.main([*words, *common]) == 0
+    names: set[str] = set()
+    for run in folder.glob("*/wandb/offline-run-*"):
+        records = inspected(run)
+        names |= {name for r in records if r["type"] == "history" for name in r["history"]["item"]}
+        assert [r["exit"]["exit_code"] for r in records if r["type"] == "exit"] == [0]
+        kinds = {r["artifact"]["type"] for r in records if r["type"] == "artifact"}
+        assert kinds == {"detector" if run.parents[1].name == "d" else "detoxifier"}
+    assert {"objective/detector", "objective/detoxifier"} <= names
+    return names

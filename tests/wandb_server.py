@@ -13,10 +13,14 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 ENTITY, PROJECT, SWEEP = "someone", "seawall", "sweep1"
@@ -39,13 +43,21 @@ class SeenRun:
     used: list[str] = field(default_factory=list)
 
 
+def inspected(folder: Path) -> list[dict[str, Any]]:
+    """Records of an offline run, read back by wandb."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 class WandbServer:
     """Keeps runs and artifacts; with a sweep it also hands out trials, one agent at a time.
 
     Args:
         sweep: the sweep's file.
         trials: so many; then agents are told to exit.
-        on_history: called with a run after each of its metrics has come in; what it returns stops the run.
+        on_history: called with a run after its metrics have come in; True stops it, as W&B's pages can.
+        known: runs that the sweep has had before, as `sweeps.SweepRun` takes them.
     """
 
     def __init__(
@@ -53,12 +65,14 @@ class WandbServer:
         sweep: dict[str, Any] | None = None,
         trials: int = 1,
         on_history: Callable[[SeenRun], bool] = lambda run: False,
+        known: Sequence[dict[str, Any]] = (),
     ) -> None:
-        self.sweep, self.trials, self.on_history = sweep, trials, on_history
+        self.sweep, self.trials, self.on_history, self.known = sweep, trials, on_history, known
         self.runs: dict[str, SeenRun] = {}
         self.given: dict[str, dict[str, Any]] = {}
         self.artifacts: dict[str, dict[str, Any]] = {}
         self.operations: list[str] = []
+        self.errors: list[str] = []
         self.uploaded = 0
         self._lock = threading.RLock()
         outer = self
@@ -78,8 +92,14 @@ class WandbServer:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that has ended is none
+                    outer.errors.append(traceback.format_exc())
+
+        self._http = Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
 
     @property
@@ -191,14 +211,19 @@ class WandbServer:
         return {"createRunFiles": {"runID": v["run"], "uploadHeaders": [], "files": files}}
 
     # ------------------------------------------------------------------------------------------------ artifacts
+    def _on_ArtifactType(self, v: dict[str, Any]) -> dict[str, Any]:
+        return {"project": None}  # an artifact of that name may have any type
+
     def _on_CreateArtifact(self, v: dict[str, Any]) -> dict[str, Any]:
         made = v["input"]
         id = f"{made['artifactCollectionName']}@{made['digest']}"
         state = "COMMITTED" if id in self.artifacts else "PENDING"
         self.artifacts.setdefault(id, {"type": made["artifactTypeName"], "metadata": made.get("metadata")})
-        # An artifact that is to be used is sent in the same way; `UseArtifact` follows.
-        self.runs[made["runName"]].logged.append(id)
-        return {"createArtifact": {"artifact": {"id": id, "state": state, "artifactSequence": {"latestArtifact": None}}}}
+        if made.get("runName"):  # else it is only to be used: `UseArtifact` follows
+            self.runs[made["runName"]].logged.append(id)
+        return {
+            "createArtifact": {"artifact": {"id": id, "state": state, "artifactSequence": {"latestArtifact": None}}}
+        }
 
     def _on_CreateArtifactManifest(self, v: dict[str, Any]) -> dict[str, Any]:
         file = {"id": "f", "uploadUrl": f"{self.url}/storage/manifest", "uploadHeaders": []}
@@ -241,7 +266,7 @@ class WandbServer:
         import sweeps
 
         assert self.sweep is not None
-        known = [
+        known = [sweeps.SweepRun(**run) for run in self.known] + [
             sweeps.SweepRun(
                 name=name,
                 state="running" if name in alive else self.runs[name].state if name in self.runs else "failed",
