@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import train
-from configs.compose import compose, last_wins
+from configs.compose import ConfigError, compose, last_wins
 from configs.keys import find, leaves
 from evaluation.objective import report_objectives
 from tests.wandb_server import PROJECT, SWEEP, SeenRun, WandbServer, inspected
@@ -24,9 +24,9 @@ from tests.wandb_server import PROJECT, SWEEP, SeenRun, WandbServer, inspected
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "scripts" / "sweeps").glob("*.yaml"))
 SMALL = [
-    "synthesis.harmful=3", "synthesis.harmless=3", "synthesis.max_steps=40", "synthesis.retries=0",
+    "synthesis.harmful=3", "synthesis.harmless=3", "synthesis.max_steps=15", "synthesis.retries=0",
     "synthesis.include_failed=true", "align.variants=[text_sft,sea_dpo]", "variants.text_sft.steps=1",
-    "variants.sea_dpo.steps=30", "variants.sea_dpo.batch_size=8", "variants.sea_dpo.mixture.replay=0",
+    "variants.sea_dpo.steps=12", "variants.sea_dpo.batch_size=8", "variants.sea_dpo.mixture.replay=0",
     "align.probe_every_steps=1", "align.probe_prompts=1", "trainer.log_every_n_steps=1", "evaluate.limit=2",
     "evaluate.max_new_tokens=12", "logger.tensorboard=false",
 ]  # fmt: skip
@@ -112,29 +112,31 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(place: Path) -> WandbServer:
-    """Two trials: the first is told to make room after its second probe and comes back, the second is pruned: the sweep
-    has then had a run that nobody can beat. Returned with all that it has seen."""
-    told: list[str] = []
+    """With all that it has seen of two trials: the first is told to make room after its second probe and comes back, the
+    second is pruned by Hyperband, for the sweep has then had runs that nobody can beat."""
+    server = WandbServer(sweep_of("sea", *SMALL, early_terminate={"type": "hyperband", "min_iter": 1, "eta": 2}), 2)
+    signalled: list[str] = []
 
-    def make_room(run: SeenRun) -> bool:
-        if not told and len(objectives(run)) >= 2:
-            told.append(run.name)
-            os.kill(leader(place / "runs" / "sea_image" / f"sweep-{SWEEP}-{run.name}"), signal.SIGUSR1)
+    def send(run: SeenRun, signum: int) -> None:
+        os.kill(leader(place / "runs" / "sea_image" / f"sweep-{SWEEP}-{run.name}"), signum)
+
+    def on_history(run: SeenRun) -> bool:
+        if run.name == "trial0" and len(objectives(run)) >= 2 and run.name not in signalled:
+            signalled.append(run.name)
+            send(run, signal.SIGUSR1)
+        if run.name == "trial1" and objectives(run) and run.name not in signalled:
+            signalled.append(run.name)
+            send(run, signal.SIGSTOP)  # until the agent has heard that it is to be stopped
+            config = {key: {"value": value} for key, value in server.given["trial0"].items()}
+            best = {"state": "finished", "config": config, "history": [{"objective/sea_dpo": 1.5}] * 100}
+            server.known = [{"name": name, **best} for name in ("best1", "best2")]
         return False
 
-    sweep = sweep_of("sea", *SMALL, early_terminate={"type": "hyperband", "min_iter": 1, "eta": 2})
-    server = WandbServer(sweep, trials=2, on_history=make_room)
+    def on_heartbeat() -> None:
+        if server.told_to_stop == ["trial1"]:  # told one heartbeat ago: SIGTERM is sent
+            send(server.runs["trial1"], signal.SIGCONT)
 
-    def nobody_can_beat(run: SeenRun) -> bool:
-        if run.name == "trial1" and not server.known:
-            history = [{"objective/sea_dpo": 1.5}] * 100
-            config = {key: {"value": value} for key, value in server.given["trial0"].items()}
-            server.known = [
-                {"name": f"best{i}", "state": "finished", "config": config, "history": history} for i in "ab"
-            ]
-        return make_room(run)
-
-    server.on_history = nobody_can_beat
+    server.on_history, server.on_heartbeat = on_history, on_heartbeat
     with server:
         done = agent(server, place)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -150,7 +152,7 @@ def test_the_agents_trial_is_told_to_make_room_and_goes_on_as_the_same_run(serve
     assert steps == sorted(set(steps))
     fit = [row["trainer/global_step"] for row in run.history if "sea_dpo/align/loss" in row]
     assert fit == sorted(set(fit)), "no step of the alignment was done twice"
-    assert len(objectives(run)) == 30 + 1  # a probe after each step, and the report
+    assert len(objectives(run)) == 12 + 1  # a probe after each step, and the report
     folder = place / "runs" / "sea_image" / f"sweep-{SWEEP}-trial0"
     report = json.loads((folder / "report.json").read_text())
     assert run.summary["objective/sea_dpo"] == report_objectives(report["results"])["sea_dpo"] == objectives(run)[-1]
@@ -160,7 +162,7 @@ def test_the_agents_trial_is_told_to_make_room_and_goes_on_as_the_same_run(serve
 def test_a_pruned_trial_has_saved_its_work_and_ends_with_143(server: WandbServer, place: Path) -> None:
     run = server.runs["trial1"]
     assert (run.exit_codes, run.state) == ([143], "failed")
-    assert 1 <= len(objectives(run)) < 31
+    assert 1 <= len(objectives(run)) < 12 + 1
     folder = place / "runs" / "sea_image" / f"sweep-{SWEEP}-trial1"
     assert (folder / "align" / "sea_dpo" / "checkpoints" / "last.ckpt").exists()
     assert not (folder / "report.json").exists()
@@ -176,6 +178,46 @@ def test_artifacts_lead_from_the_report_back_to_the_store(server: WandbServer) -
     assert {store, *adapters} <= set(run.used)
     made_from = [json.loads(server.artifacts[id]["metadata"]).get("store") for id in adapters]
     assert sorted(made_from, key=str) == [None, store]
+
+
+def test_patience_ends_training_after_probes_without_a_better_objective(
+    server: WandbServer, place: Path, tmp_path: Path
+) -> None:
+    store = place / "runs" / "sea_image" / f"sweep-{SWEEP}-trial0" / "synthesize" / "store"
+    words = [f"run_dir={tmp_path / 'r'}", "stages=[align]", "align.variants=[sea_dpo]", f"store.path={store}"]
+    start = last_wins("experiment=sea_image", *SMALL, *words, "variants.sea_dpo.lr=0", "align.patience=2")
+    assert train.main(start) == 0
+    folder = tmp_path / "r" / "align" / "sea_dpo"
+    assert json.loads((folder / "stage.json").read_text())["result"]["steps"] == 3  # the first is the best, then two
+    assert "probe/objective" in (folder / "metrics" / "metrics.csv").read_text().splitlines()[0]
+    # The adapter is the variant's whatever is asked of it later.
+    assert train.main(last_wins(*start, "evaluate.max_new_tokens=4", "stages=[evaluate]", "evaluate.limit=1")) == 0
+
+
+def test_a_sync_sends_an_offline_run_with_its_lineage(guards: set[str], guard_runs: Path) -> None:
+    with WandbServer() as server:
+        env = {**os.environ, **server.environment}
+        command = [sys.executable, "-m", "wandb", "sync", str(guard_runs / "d" / "wandb")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    (run,) = server.runs.values()
+    assert run.exit_codes == [0]
+    assert "objective/detector" in run.summary
+    assert [server.artifacts[id]["type"] for id in run.logged] == ["detector"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["align.patience=3"], "set align.probe_every_steps too"),
+        (["align.probe_every_steps=5", "trainer=fsdp2"], "sharded weights cannot answer"),
+        (["align.probe_every_steps=5", "stages=[align]", "evaluate.benchmarks=[figstep]", "evaluate.figstep=nowhere"],
+         "evaluate.figstep: nowhere does not exist"),
+    ],
+)  # fmt: skip
+def test_probes_that_cannot_work_are_told_at_once(words: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        compose(["experiment=sea_image", *words])
 
 
 def documented() -> dict[str, re.Pattern[str]]:
@@ -200,9 +242,14 @@ def test_the_table_of_metrics_is_what_is_logged(server: WandbServer, guards: set
 
 
 @pytest.fixture(scope="module")
-def guards(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def guard_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guards")
+
+
+@pytest.fixture(scope="module")
+def guards(guard_runs: Path) -> set[str]:
     """Names that training and measuring detector and detoxifier log, offline."""
-    folder = tmp_path_factory.mktemp("guards")
+    folder = guard_runs
     common = ["logger=wandb", "trainer.log_every_n_steps=1"]
     words = ["experiment=harm_detector_micro", f"run_dir={folder / 'd'}", "detector.epochs=0.05", *common]
     assert train.main(words) == 0

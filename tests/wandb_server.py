@@ -68,11 +68,13 @@ class WandbServer:
         known: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.sweep, self.trials, self.on_history, self.known = sweep, trials, on_history, known
+        self.on_heartbeat: Callable[[], None] = lambda: None
         self.runs: dict[str, SeenRun] = {}
         self.given: dict[str, dict[str, Any]] = {}
         self.artifacts: dict[str, dict[str, Any]] = {}
         self.operations: list[str] = []
         self.errors: list[str] = []
+        self.told_to_stop: list[str] = []
         self.uploaded = 0
         self._lock = threading.RLock()
         outer = self
@@ -115,6 +117,7 @@ class WandbServer:
             "WANDB_ENTITY": ENTITY,
             "WANDB_PROJECT": PROJECT,
             "WANDB_MODE": "online",
+            "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.3",  # s; by default 15
         }
 
     def __enter__(self) -> WandbServer:
@@ -187,7 +190,8 @@ class WandbServer:
             bucket = {
                 "id": run.name, "name": run.name, "displayName": run.name, "tags": [], "notes": "",
                 "summaryMetrics": json.dumps(run.summary), "logLineCount": 0, "eventsLineCount": 0,
-                "historyLineCount": len(run.history), "eventsTail": "[]", "config": json.dumps(run.config),
+                "historyLineCount": len(run.history), "eventsTail": "[]",
+                "config": json.dumps({key: {"value": value} for key, value in run.config.items()}),
                 "historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]]),
                 "wandbConfig": json.dumps({"t": 1}),
             }  # fmt: skip
@@ -259,6 +263,7 @@ class WandbServer:
         return {"createAgent": {"agent": {"id": "a"}}}
 
     def _on_Heartbeat(self, v: dict[str, Any]) -> dict[str, Any]:
+        self.on_heartbeat()
         commands = self._commands(set(json.loads(v["runState"])))
         return {"agentHeartbeat": {"agent": {"id": "a"}, "commands": json.dumps(commands)}}
 
@@ -278,7 +283,9 @@ class WandbServer:
         ]
         if alive:
             told = sweeps.stop_runs(self.sweep, known) if "early_terminate" in self.sweep else []
-            return [{"type": "stop", "run_id": run.name} for run in told if run.name in alive]
+            stopped = [run.name for run in told if run.name in alive]
+            self.told_to_stop += stopped
+            return [{"type": "stop", "run_id": name} for name in stopped]
         for run in self.runs.values():
             if run.state == "preempted":
                 run.state = "running"
