@@ -35,17 +35,17 @@ def log_report(
         samples = [[getattr(row, c) for c in columns] for row in rows[::step][: cfg.logger.samples]]
         media["samples"] = wandb.Table(columns=columns, data=samples)
         media |= {f"plots/{path.stem}": wandb.Image(str(path)) for path in files.plots.values()}
-    log_values(cfg, folder, "evaluate", values, media)
+    log_values(cfg, folder, folder / "evaluate", values, media)
 
 
 def log_values(
-    cfg: Config, run_dir: Path, stage: str, values: Mapping[str, float], media: Mapping[str, Any] | None = None
+    cfg: Config, run_dir: Path, stage: Path, values: Mapping[str, float], media: Mapping[str, Any] | None = None
 ) -> None:
-    """Numbers at the end of a stage; `media`: W&B's own objects."""
+    """Numbers at the end of a stage, whose folder `stage` is; `media`: W&B's own objects."""
     if cfg.logger.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(run_dir / stage / "tensorboard")) as writer:
+        with SummaryWriter(str(stage / "tensorboard")) as writer:
             for name, value in values.items():
                 writer.add_scalar(name, value)
     if cfg.logger.wandb:

@@ -1,6 +1,6 @@
 """The embedding store, adapters and guard models as W&B artifacts, with what was made from what.
 
-An artifact is named by its kind and its model (`store-micro_llava`, `adapter-micro_llava`) and its version by its
+An artifact is named by its kind and its model (`store-<model>`, `adapter-<model>`) and its version by its
 content, both read from the folder alone: so the store that one run logs and another one uses is the same artifact, on
 whichever machine either ran. `logger.artifacts=reference` leaves the files where they are (W&B gets checksums and
 paths).
@@ -75,7 +75,7 @@ def _artifact(cfg: Config, kind: str, folder: Path, about: Mapping[str, Any]) ->
 
 
 def artifact_name(kind: str, folder: Path) -> str:
-    """`store-micro_llava`: of the model that the folder itself names (`whole`: it holds all weights)."""
+    """`store-<model>`, of the model that the folder itself names (`whole`: it holds all weights)."""
     model = ""
     if kind == "store":
         model = json.loads((folder / "store.json").read_bytes())["model_key"].rpartition("@")[0]

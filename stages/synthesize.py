@@ -110,7 +110,7 @@ def complete(cfg: Config, stage: Stage, records: Sequence[Record], store: Embedd
     result = summary(stage, records, store)
     log.info("%s", told(result["summary"]))
     figures = {name: result["summary"][name] for name in ("osr", "vsr", "steps_mean", "seconds_per_embedding")}
-    log_values(cfg, logs, stage.name, {f"eval/synthesis/{name}": v for name, v in figures.items() if v is not None})
+    log_values(cfg, logs, stage.folder, {f"eval/synthesis/{name}": v for name, v in figures.items() if v is not None})
     log_artifact(cfg, logs, "store", store.path, {**result["summary"], "model_key": store.model_key})
     stage.finish(result)
 

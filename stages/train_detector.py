@@ -93,7 +93,7 @@ def run(cfg: Config, run: Run) -> None:
         log.info("test questions: %s", told)
         values = {f"eval/detector/{part}/{name}": v for part in ("val", "test") for name, v in result[part].items()}
         values["objective/detector"] = detector_objective(result["val"])  # the test questions are not tuned on
-        log_values(cfg, run.path, stage.name, values)
+        log_values(cfg, run.path, stage.folder, values)
         log_artifact(cfg, run.path, "detector", folder, {"test": result["test"]})
     stage.finish(result)
 

@@ -85,7 +85,7 @@ def train_and_export(cfg: Config, run: Run) -> None:
         export(module.model, tokenizer, folder, b.path, b.full_finetune)
         spec(cfg, template, result).save(folder)
         values = {f"eval/detoxifier/{part}/token_nll": value for part, value in nll.items()}
-        log_values(cfg, run.path, stage.name, values)
+        log_values(cfg, run.path, stage.folder, values)
         log_artifact(cfg, run.path, "detoxifier", folder, {"token_nll": nll})
     stage.finish(result)
 
@@ -141,7 +141,7 @@ def evaluate(cfg: Config, run: Run) -> None:
     values = numbers("eval/detoxifier", result)
     if (tuned := detoxifier_objective(result["all"])) is not None:
         values["objective/detoxifier"] = tuned
-    log_values(cfg, run.path, stage.name, values)
+    log_values(cfg, run.path, stage.folder, values)
     stage.finish(result)
 
 

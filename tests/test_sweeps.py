@@ -112,8 +112,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(place: Path) -> WandbServer:
-    """With all that it has seen of two trials: the first is told to make room after its second probe and comes back, the
-    second is pruned by Hyperband, for the sweep has then had runs that nobody can beat."""
+    """What it has seen of two trials: the first is told to make room after its second probe and comes back, the second
+    is pruned by Hyperband, for the sweep has then had runs that nobody can beat."""
     server = WandbServer(sweep_of("sea", *SMALL, early_terminate={"type": "hyperband", "min_iter": 1, "eta": 2}), 2)
     signalled: list[str] = []
 
@@ -180,30 +180,39 @@ def test_artifacts_lead_from_the_report_back_to_the_store(server: WandbServer) -
     assert sorted(made_from, key=str) == [None, store]
 
 
-def test_patience_ends_training_after_probes_without_a_better_objective(
-    server: WandbServer, place: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def patient(server: WandbServer, place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A variant that learns nothing, trained on a trial's store with patience, evaluated by a second start; offline."""
+    folder = tmp_path_factory.mktemp("runs") / "patient"
     store = place / "runs" / "sea_image" / f"sweep-{SWEEP}-trial0" / "synthesize" / "store"
-    words = [f"run_dir={tmp_path / 'r'}", "stages=[align]", "align.variants=[sea_dpo]", f"store.path={store}"]
+    words = [f"run_dir={folder}", "logger.wandb=true", "align.variants=[sea_dpo]", f"store.path={store}"]
     start = last_wins("experiment=sea_image", *SMALL, *words, "variants.sea_dpo.lr=0", "align.patience=2")
-    assert train.main(start) == 0
-    folder = tmp_path / "r" / "align" / "sea_dpo"
+    assert train.main([*start, "stages=[align]"]) == 0
+    # The adapter stays what it is, whatever is asked of it later.
+    assert train.main(last_wins(*start, "stages=[evaluate]", "evaluate.max_new_tokens=4", "evaluate.limit=1")) == 0
+    return folder
+
+
+def test_patience_ends_training_after_probes_without_a_better_objective(patient: Path) -> None:
+    folder = patient / "align" / "sea_dpo"
     assert json.loads((folder / "stage.json").read_text())["result"]["steps"] == 3  # the first is the best, then two
     assert "probe/objective" in (folder / "metrics" / "metrics.csv").read_text().splitlines()[0]
-    # The adapter is the variant's whatever is asked of it later.
-    assert train.main(last_wins(*start, "evaluate.max_new_tokens=4", "stages=[evaluate]", "evaluate.limit=1")) == 0
 
 
-def test_a_sync_sends_an_offline_run_with_its_lineage(guards: set[str], guard_runs: Path) -> None:
+def test_a_sync_makes_one_run_of_all_starts_and_draws_the_lineage(patient: Path) -> None:
+    assert len(list((patient / "wandb").glob("offline-run-*"))) == 2
     with WandbServer() as server:
+        command = [sys.executable, "-m", "wandb", "sync", str(patient / "wandb")]
         env = {**os.environ, **server.environment}
-        command = [sys.executable, "-m", "wandb", "sync", str(guard_runs / "d" / "wandb")]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
+        assert not server.errors
     (run,) = server.runs.values()
-    assert run.exit_codes == [0]
-    assert "objective/detector" in run.summary
-    assert [server.artifacts[id]["type"] for id in run.logged] == ["detector"]
+    assert run.exit_codes == [0, 0]
+    steps = [row["_step"] for row in run.history]
+    assert steps == sorted(set(steps))
+    assert len(objectives(run)) == 3 + 1
+    assert {server.artifacts[id]["type"] for id in run.used} == {"embedding-store", "adapter"}
 
 
 @pytest.mark.parametrize(
@@ -242,14 +251,9 @@ def test_the_table_of_metrics_is_what_is_logged(server: WandbServer, guards: set
 
 
 @pytest.fixture(scope="module")
-def guard_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("guards")
-
-
-@pytest.fixture(scope="module")
-def guards(guard_runs: Path) -> set[str]:
+def guards(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Names that training and measuring detector and detoxifier log, offline."""
-    folder = guard_runs
+    folder = tmp_path_factory.mktemp("guards")
     common = ["logger=wandb", "trainer.log_every_n_steps=1"]
     words = ["experiment=harm_detector_micro", f"run_dir={folder / 'd'}", "detector.epochs=0.05", *common]
     assert train.main(words) == 0
