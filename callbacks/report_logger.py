@@ -1,4 +1,7 @@
-"""Puts the finished report where the run's metrics are: W&B (metrics, a table of samples, plots) and TensorBoard."""
+"""Puts finished results where the run's metrics are: W&B (metrics, a table of samples, plots) and TensorBoard.
+
+docs/sweeps.md has the names of all metrics.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +11,42 @@ from typing import Any
 
 from callbacks.wandb_run import wandb_run
 from configs.schema import Config
+from evaluation.objective import report_objectives, system_name
 from evaluation.report import ReportFiles
-from evaluation.rows import GenerationRow, system
+from evaluation.rows import GenerationRow
 
 
 def log_report(
     cfg: Config, folder: Path, report: Mapping[str, Any], files: ReportFiles, rows: Sequence[GenerationRow]
 ) -> None:
-    """Metric names: `eval/<variant>/<benchmark>/<task>/<metric>`, overall rows only; guarded: `<variant>+protector`."""
-    overall = [r for r in report["results"] if r["scenario"] == "all" and r["value"] is not None]
-    answered = [system(r["variant"], r["guard"]).replace(" ", "") for r in overall]
-    values = {
-        f"eval/{who}/{r['benchmark']}/{r['task']}/{r['metric']}": r["value"]
-        for who, r in zip(answered, overall, strict=True)
-    }
-    if cfg.logger.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(folder / "evaluate" / "tensorboard")) as writer:
-            for name, value in values.items():
-                writer.add_scalar(name, value)
+    """Rates over all scenarios (of several judges the first one's), objectives, samples and plots."""
+    values: dict[str, float] = {}
+    for r in report["results"]:
+        if r["scenario"] == "all" and r["value"] is not None:
+            who = system_name(r["variant"], r["guard"])
+            values.setdefault(f"eval/{who}/{r['benchmark']}/{r['task']}/{r['metric']}", r["value"])
+    values |= {f"objective/{who}": value for who, value in report_objectives(report["results"]).items()}
+    media: dict[str, Any] = {}
     if cfg.logger.wandb:
-        _log_wandb(cfg, folder, values, files, rows)
+        import wandb
 
-
-def _log_wandb(
-    cfg: Config, folder: Path, values: Mapping[str, float], files: ReportFiles, rows: Sequence[GenerationRow]
-) -> None:
-    import wandb
-
-    with wandb_run(cfg, folder) as run:
         columns = ["variant", "guard", "benchmark", "task", "request", "scenario", "prompt", "answer"]
         step = max(1, len(rows) // max(1, cfg.logger.samples))
         samples = [[getattr(row, c) for c in columns] for row in rows[::step][: cfg.logger.samples]]
-        run.log(
-            dict(values)
-            | {"samples": wandb.Table(columns=columns, data=samples)}
-            | {f"plots/{path.stem}": wandb.Image(str(path)) for path in files.plots.values()}
-        )
+        media["samples"] = wandb.Table(columns=columns, data=samples)
+        media |= {f"plots/{path.stem}": wandb.Image(str(path)) for path in files.plots.values()}
+    log_values(cfg, folder, folder / "evaluate", values, media)
+
+
+def log_values(
+    cfg: Config, run_dir: Path, stage: Path, values: Mapping[str, float], media: Mapping[str, Any] | None = None
+) -> None:
+    """Numbers at the end of a stage, whose folder `stage` is; `media`: W&B's own objects."""
+    if cfg.logger.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(stage / "tensorboard")) as writer:
+            for name, value in values.items():
+                writer.add_scalar(name, value)
+    if cfg.logger.wandb:
+        wandb_run(cfg, run_dir).log({**values, **(media or {})})

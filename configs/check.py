@@ -47,6 +47,7 @@ def check(cfg: Config, paths: bool = True) -> None:
     for name in cfg.evaluate.variants or []:
         if name not in known:
             raise ValueError(f"evaluate.variants: got {name!r}, {nearest(name, known)}")
+    _check_probes(cfg)
     _check_shard(cfg)
     if cfg.judge.max_cost is not None and None in (cfg.judge.price_in, cfg.judge.price_out):
         raise ValueError("judge.max_cost needs judge.price_in and judge.price_out: what a million tokens cost")
@@ -90,6 +91,13 @@ def _check_shard(cfg: Config) -> None:
         raise ValueError(f"synthesis.shard: got {shard}, expected less than synthesis.shards, which is {shards}")
     if shard is not None and cfg.stages != ["synthesize"]:
         raise ValueError("synthesis.shard: a shard runs stages=[synthesize] alone; the others need the whole store")
+
+
+def _check_probes(cfg: Config) -> None:
+    if cfg.align.patience is not None and cfg.align.probe_every_steps is None:
+        raise ValueError("align.patience counts probes, and there are none: set align.probe_every_steps too")
+    if cfg.align.probe_every_steps is not None and cfg.trainer.strategy == "fsdp2":
+        raise ValueError("align.probe_every_steps: sharded weights cannot answer; take trainer=ddp, or leave it away")
 
 
 def check_folder_name(key: str, name: str, hint: str = "") -> None:
@@ -163,9 +171,15 @@ def _check_paths(cfg: Config) -> None:
         cfg.detoxifier.detector = detector
     if "export" in cfg.stages:
         cfg.export.adapter = _adapter("export.adapter", cfg.export.adapter)
-    if "evaluate" in cfg.stages:
+    if asks_benchmarks(cfg):
         _check_evaluate_paths(cfg.evaluate)
+    if "evaluate" in cfg.stages:
         _check_protector(cfg.protector)
+
+
+def asks_benchmarks(cfg: Config) -> bool:
+    """In the stage `evaluate`, or by probes while aligning."""
+    return "evaluate" in cfg.stages or ("align" in cfg.stages and cfg.align.probe_every_steps is not None)
 
 
 def _check_evaluate_paths(e: Evaluate) -> None:

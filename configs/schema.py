@@ -238,6 +238,11 @@ class Align:
     variants: list[str] = doc("names from `variants`, in order", ["text_sft", "text_dpo", "sea_sft", "sea_dpo"])
     refusal: str = doc("DPO: rejected where the model should describe E", "Sorry, I cannot help with that.")
     precompute_reference: bool = doc("DPO: reference log-probs once, cached; false: adapter off", True, free=True)
+    probe_every_steps: int | None = doc(
+        "ask a part of evaluate.benchmarks every so many steps, for sweeps and patience; null: never", low=1
+    )
+    probe_prompts: int = doc("prompts of each task and kind of request in it", 8, low=1)
+    patience: int | None = doc("end after so many probes without a better objective; null: at variants.*.steps", low=1)
 
 
 @dataclass
@@ -491,6 +496,12 @@ class Logger:
     entity: str | None = doc("wandb: team or user", free=True)
     mode: str = doc("wandb: online needs an account", "offline", choices=("offline", "online"), free=True)
     samples: int = doc("generations shown in tables of samples", 16, low=0, free=True)
+    artifacts: str = doc(
+        "wandb: embedding store, adapters and guard models as artifacts; reference: paths and checksums alone",
+        "files",
+        choices=("files", "reference", "none"),
+        free=True,
+    )
 
 
 @dataclass
@@ -657,7 +668,7 @@ class Config:
     """The whole configuration of one run."""
 
     experiment: str = doc("a file of configs/experiment", REQUIRED)
-    run: str | None = doc("names and resumes a run; null: the SLURM job, else a new time stamp")
+    run: str | None = doc("names and resumes a run; null: the run of a W&B sweep, the SLURM job, else a new time stamp")
     run_dir: str | None = doc("the run directory outright; null: runs/<experiment>/<run>")
     seed: int = doc("seed of everything that is drawn", 0, low=0)
     stages: list[str] = doc(

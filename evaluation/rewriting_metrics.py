@@ -10,7 +10,7 @@ words, words_accepted             mean length
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,3 +62,10 @@ def rewriting_metrics(
         "words_accepted": sum(len(text.split()) for text in accepted) / max(1, len(accepted)),
         "empty": sum(not text for text in rewritten),
     }
+
+
+def numbers(prefix: str, groups: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """`<prefix>/<group>/<metric>` -> value, for loggers: of a rate its value, where anything was counted."""
+    flat = {f"{prefix}/{group}/{name}": value for group, found in groups.items() for name, value in found.items()}
+    values = {name: value["value"] if isinstance(value, dict) else value for name, value in flat.items()}
+    return {name: value for name, value in values.items() if value is not None}

@@ -7,6 +7,7 @@ encoder never runs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +16,15 @@ import torch
 from peft import PeftModel
 
 from callbacks.interruption import checkpoints, last_checkpoint
+from callbacks.probe import Probe
 from callbacks.progress import Progress
 from callbacks.training_progress import TrainingProgress
+from callbacks.wandb_artifacts import log_artifact, use_artifact
 from configs.schema import AlignVariant, Config
 from datamodules.alignment import AlignmentDataModule, AlignmentExample, Batches, chunks, encode, examples
 from datamodules.durable import write_durably
 from datamodules.embedding_store import EmbeddingStore
+from datamodules.prompt_batches import PromptBatches, batched
 from datamodules.records import Record, read_records
 from lightning_modules.aligner import Aligner, trainable_model
 from lightning_modules.dpo_aligner import DPOAligner, load_reference, save_reference
@@ -29,8 +33,10 @@ from lightning_modules.sft_aligner import SFTAligner
 from mllm.branches import Item
 from mllm.loading import MLLM, load
 from mllm.recomputing import recompute_activations
+from stages.benchmark_prompts import benchmark_prompts
 from stages.encode import RECORDS as REAL_RECORDS
 from stages.manifest import versions
+from stages.media import media_rules
 from stages.model_card import model_card
 from stages.ranks import wait_for
 from stages.replays import replayed
@@ -59,7 +65,11 @@ def align_variant(cfg: Config, run: Run, name: str, variant: AlignVariant) -> No
         keys += ["synthesis.verify_max_new_tokens"] * bool(variant.mixture.replay)
         after = ["synthesize"] * (cfg.store.path is None) + ["encode"] * (cfg.real.path is not None)
         keys += ["real"] * (cfg.real.path is not None)
-    stage = run.stage(f"align/{name}", run.settings(*keys, "store.path"), after=after)
+    keys += ["align.probe_every_steps", "align.probe_prompts", "align.patience"]
+    made_from = run.settings(*keys, "store.path")
+    if cfg.align.patience is not None:  # answers decide when training ends; the finished variant may be asked anything
+        made_from |= {f"{key} (probes)": value for key, value in run.settings("evaluate").items()}
+    stage = run.stage(f"align/{name}", made_from, after=after)
     if stage.done:
         return
     L.seed_everything(cfg.seed, verbose=False)
@@ -80,7 +90,10 @@ def align_variant(cfg: Config, run: Run, name: str, variant: AlignVariant) -> No
     datamodule = AlignmentDataModule(data, items, variant.mixture, store, variant.steps, variant.batch_size, cfg.seed)
     if isinstance(module, DPOAligner) and cfg.align.precompute_reference:
         module.reference = reference(run, stage, module, datamodule.batches, data, items, variant)
-    fit(cfg, stage, name, module, datamodule, variant)
+    read_from = {}
+    if store is not None and run.leader:
+        read_from["store"] = use_artifact(cfg, run.path, "store", store.path)
+    steps = fit(cfg, stage, name, mllm, module, datamodule, variant)
     used = {e.embedding for e in data if e.embedding is not None}
     real = used & set(store.ids(source="real")) if store is not None else set()
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -88,7 +101,7 @@ def align_variant(cfg: Config, run: Run, name: str, variant: AlignVariant) -> No
         "examples": len(data),
         "embeddings": len(used),
         "real_embeddings": len(real),
-        "steps": variant.steps,
+        "steps": steps,
         "trained_parameters": trained,
     }
     weights = module.whole_weights()
@@ -96,6 +109,7 @@ def align_variant(cfg: Config, run: Run, name: str, variant: AlignVariant) -> No
         export(cfg, stage, module, variant, weights)
         card = model_card(cfg, name, variant, result, versions())
         write_durably(adapter_path(run.path, name) / "README.md", card.encode())
+        log_artifact(cfg, run.path, "adapter", adapter_path(run.path, name), {"variant": name, **result, **read_from})
     stage.finish(result)
 
 
@@ -137,11 +151,17 @@ def aligner(mllm: MLLM, variant: AlignVariant, precompute: bool) -> Aligner:
 
 
 def fit(
-    cfg: Config, stage: Stage, name: str, module: Aligner, data: AlignmentDataModule, variant: AlignVariant
-) -> None:
-    """Trains, or continues from the last checkpoint of an interrupted attempt."""
+    cfg: Config,
+    stage: Stage,
+    name: str,
+    mllm: MLLM,
+    module: Aligner,
+    data: AlignmentDataModule,
+    variant: AlignVariant,
+) -> int:
+    """Trains, or continues from the last checkpoint of an interrupted attempt. Returns the steps taken."""
     folder = stage.folder / "checkpoints"
-    callbacks = [*checkpoints(folder, variant.checkpoint_every_steps), TrainingProgress(name)]
+    callbacks = [*probes(cfg, name, mllm), *checkpoints(folder, variant.checkpoint_every_steps), TrainingProgress(name)]
     fitting = trainer(cfg, stage.folder, name, callbacks, SharedStep, max_steps=variant.steps, max_epochs=-1)
     if variant.batch_size < fitting.world_size:
         raise ValueError(
@@ -149,6 +169,18 @@ def fit(
             f"{fitting.world_size} devices"
         )
     fitting.fit(module, data, ckpt_path=last_checkpoint(folder), weights_only=True)
+    return fitting.global_step
+
+
+def probes(cfg: Config, name: str, mllm: MLLM) -> list[Probe]:
+    """A part of the benchmarks, asked while the variant `name` is trained; [] without `align.probe_every_steps`."""
+    if cfg.align.probe_every_steps is None:
+        return []
+    few = replace(cfg, evaluate=replace(cfg.evaluate, limit=cfg.align.probe_prompts))
+    prompts = [p for p in benchmark_prompts(few) if p.request != "reading"]
+    batches = PromptBatches(batched(prompts, cfg.evaluate.batch_size), media_rules(cfg, mllm))
+    limit = cfg.evaluate.max_new_tokens
+    return [Probe(name, mllm, batches, cfg.align.probe_every_steps, limit, cfg.align.patience)]
 
 
 def export(

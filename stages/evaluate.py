@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from callbacks.report_logger import log_report
+from callbacks.wandb_artifacts import use_artifact
 from configs.schema import Config
 from datamodules.benchmark_prompts import BenchmarkPrompt
 from evaluation.judges import JudgementLog
@@ -24,6 +25,7 @@ from evaluation.report import build_report, write_report
 from evaluation.report_text import print_report
 from evaluation.rows import GenerationLog
 from stages import source_run
+from stages.align import adapter_path
 from stages.answering import answer_all
 from stages.benchmark_prompts import benchmark_prompts
 from stages.guarding import guard_answers, guard_facts
@@ -81,9 +83,21 @@ def run(cfg: Config, run: Run) -> None:
             asr_judges=[judge.name for judge in judges],
         )
     files = write_report(report, run.path, panels(cfg, run, variants))
+    for kind, folder in read_folders(cfg, source or run.path, variants):
+        use_artifact(cfg, run.path, kind, folder)
     log_report(cfg, run.path, report, files, rows)
     print_report(report)
     log.info("report: %s", files.markdown)
+
+
+def read_folders(cfg: Config, trained: Path, variants: Sequence[str]) -> list[tuple[str, Path]]:
+    """(kind, folder) of every adapter that has answered and of the guard's models. Published weights have no folder."""
+    given = cfg.evaluate.adapters
+    adapters = [Path(given[v]) if v in given else adapter_path(trained, v) for v in variants if v != "base"]
+    p = cfg.protector
+    guard = [("detector", p.detector), ("detoxifier", p.detoxifier)] if p.enabled else []
+    found = [("adapter", folder) for folder in adapters] + [(kind, Path(path)) for kind, path in guard if path]
+    return [(kind, folder) for kind, folder in found if folder.is_dir()]
 
 
 def take(run: Run, source: Path, variant: str, prompts: Sequence[BenchmarkPrompt], generations: GenerationLog) -> int:

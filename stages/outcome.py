@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from callbacks.signals import EXIT_CODES
+from callbacks.wandb_process import end_wandb
 from configs.compose import ConfigError
 from datamodules.durable import DiskFullError
 
@@ -24,6 +25,18 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 def exit_code_of(action: Callable[[], None]) -> int:
     """Call `action`, print what went wrong if something did, and return the exit code."""
     before = {signum: signal.signal(signum, _end) for signum in EXIT_CODES}
+    try:
+        code = _code_of(action)
+        end_wandb(code)
+        return code
+    except SystemExit as end:  # told to stop while it sends its last metrics
+        return _code_of_exit(end)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
+
+
+def _code_of(action: Callable[[], None]) -> int:
     try:
         action()
     except KeyboardInterrupt:
@@ -35,9 +48,6 @@ def exit_code_of(action: Callable[[], None]) -> int:
             traceback.print_exc()
         print(f"error: {message(error)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler or signal.SIG_DFL)
     return 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from configs.check import asks_benchmarks
 from configs.compose import ConfigError
 from configs.schema import BENCHMARKS, Api, Config
 from datamodules.media_records import read_media_records
@@ -37,9 +38,9 @@ def preflight(cfg: Config) -> None:
         _check_pairs(cfg)
         if cfg.model.plugin:
             load_plugin(cfg.model.plugin)
-        if "evaluate" in cfg.stages and any(BENCHMARKS[name] for name in cfg.evaluate.benchmarks):
+        if asks_benchmarks(cfg) and any(BENCHMARKS[name] for name in cfg.evaluate.benchmarks):
             benchmark_prompts(cfg)  # opens no medium
-        elif "evaluate" in cfg.stages:
+        elif asks_benchmarks(cfg):
             check_drawn(cfg)
     except ConfigError:
         raise

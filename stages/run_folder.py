@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from callbacks.wandb_process import sweep_run
 from configs.check import check_folder_name
 from configs.schema import Config
 from datamodules.durable import sync_folder
@@ -30,13 +31,15 @@ _open_here: set[Path] = set()
 
 
 def choose(cfg: Config, leader: bool) -> Path:
-    """The run directory, absolute. A run without a name gets a new folder each time, but for a requeued SLURM job."""
+    """The run directory, absolute. A run without a name gets a new folder each time, but for a sweep's or SLURM's."""
     if not leader and ranks.RUN_DIR in os.environ:
         return Path(os.environ[ranks.RUN_DIR])
     if cfg.run_dir is not None:
         return Path(cfg.run_dir).expanduser().resolve()
     base = Path("runs").resolve() / cfg.experiment
-    name = cfg.run if cfg.run is not None else ranks.slurm_job()
+    # A sweep before SLURM: one job may hold an agent that runs several trials, each with a folder of its own.
+    sweep = sweep_run()
+    name = cfg.run if cfg.run is not None else f"sweep-{sweep}" if sweep else ranks.slurm_job()
     if name is not None:
         check_folder_name("run", name)
         return base / name

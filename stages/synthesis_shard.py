@@ -107,4 +107,5 @@ def end(cfg: Config, run: Run, whole: Stage) -> None:
         if n:
             log.info("%d of %d embeddings are left to other shards", n, len(records))
         else:
-            complete(whole, records, store)
+            assert run.shard is not None
+            complete(cfg, whole, records, store, whole.folder / run.shard)  # each shard is a W&B run of its own

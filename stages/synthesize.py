@@ -20,10 +20,12 @@ import lightning as L
 
 from callbacks.interruption import StopWhenTold
 from callbacks.progress import Progress
+from callbacks.report_logger import log_values
 from callbacks.slot_checkpoint import GATHERED, SlotCheckpoint, exact_slots, forget_slots, gather_slots
 from callbacks.store_embeddings import StoreEmbeddings
 from callbacks.synthesis_progress import SynthesisProgress
 from callbacks.throughput import peak_memory_mb
+from callbacks.wandb_artifacts import log_artifact
 from configs.schema import Config
 from datamodules.control_samples import synthesis_job
 from datamodules.embedding_store import EmbeddingStore
@@ -96,7 +98,7 @@ def run(cfg: Config, run: Run) -> None:
         parts = work(cfg, run, stage, mllm, records, store, plan) if to_do(stage, plan) else []
         if run.leader:
             keep_figures(stage.folder, parts)
-            complete(stage, records, store)
+            complete(cfg, stage, records, store, run.path)
     if not run.leader:
         stage.finish()
 
@@ -106,12 +108,15 @@ def to_do(stage: Stage, plan: Plan) -> bool:
     return bool(plan.missing or plan.unverified or (stage.folder / GATHERED).exists())
 
 
-def complete(stage: Stage, records: Sequence[Record], store: EmbeddingStore) -> None:
-    """Ends the stage: everything is in the store."""
+def complete(cfg: Config, stage: Stage, records: Sequence[Record], store: EmbeddingStore, logs: Path) -> None:
+    """Ends the stage: everything is in the store. `logs`: the folder whose W&B run has made it."""
     forget_slots(stage.folder)
     store.verify()
     result = summary(stage, records, store)
     log.info("%s", told(result["summary"]))
+    figures = {name: result["summary"][name] for name in ("osr", "vsr", "steps_mean", "seconds_per_embedding")}
+    log_values(cfg, logs, stage.folder, {f"eval/synthesis/{name}": v for name, v in figures.items() if v is not None})
+    log_artifact(cfg, logs, "store", store.path, {**result["summary"], "model_key": store.model_key})
     stage.finish(result)
 
 

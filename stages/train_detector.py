@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from callbacks.progress import Progress
+from callbacks.report_logger import log_values
+from callbacks.wandb_artifacts import log_artifact
 from configs.schema import Config
 from datamodules.qa_batches import QuestionBatches, QuestionTexts, StepDataModule, encode_questions
 from datamodules.qa_pairs import Part, QAPair
 from evaluation.detector_metrics import DetectorMetrics, calibrate
+from evaluation.objective import detector_objective
 from lightning_modules.detector_losses import DetectorLoss
 from lightning_modules.harm_detector import HarmDetector
 from mllm.backbones import backbone_folder, load_classifier, load_headless, load_tokenizer
@@ -91,6 +94,10 @@ def run(cfg: Config, run: Run) -> None:
         result |= {"cuts": asdict(template.cuts), "questions": [len(part) for part in parts]}
         told = ", ".join(f"{name} {result['test'][name]:.3f}" for name in SHOWN if name in result["test"])
         log.info("test questions: %s", told)
+        values = {f"eval/detector/{part}/{name}": v for part in ("val", "test") for name, v in result[part].items()}
+        values["objective/detector"] = detector_objective(result["val"])  # the test questions are not tuned on
+        log_values(cfg, run.path, stage.folder, values)
+        log_artifact(cfg, run.path, "detector", folder, {"test": result["test"]})
     stage.finish(result)
 
 

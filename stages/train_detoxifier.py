@@ -18,12 +18,15 @@ import lightning as L
 import torch
 
 from callbacks.progress import Progress
+from callbacks.report_logger import log_values
+from callbacks.wandb_artifacts import log_artifact
 from configs.schema import Config
 from datamodules.durable import write_durably
 from datamodules.qa_batches import StepDataModule
 from datamodules.qa_pairs import Part, QAPair
 from datamodules.rewriting import RewriteBatches, Rewriting, encode_rewriting, rewritings
-from evaluation.rewriting_metrics import rewriting_metrics
+from evaluation.objective import detoxifier_objective
+from evaluation.rewriting_metrics import numbers, rewriting_metrics
 from evaluation.similarity import SentenceSimilarity
 from lightning_modules.detoxifier import DetoxifierTuner
 from mllm.backbones import backbone_folder, load_causal, load_tokenizer
@@ -87,6 +90,9 @@ def train_and_export(cfg: Config, run: Run) -> None:
         folder = stage.folder / "detoxifier"
         export(module.model, tokenizer, folder, b.path, b.full_finetune, weights)
         spec(cfg, template, result).save(folder)
+        values = {f"eval/detoxifier/{part}/token_nll": value for part, value in nll.items()}
+        log_values(cfg, run.path, stage.folder, values)
+        log_artifact(cfg, run.path, "detoxifier", folder, {"token_nll": nll})
     stage.finish(result)
 
 
@@ -138,6 +144,10 @@ def evaluate(cfg: Config, run: Run) -> None:
     result = measure(cfg, stage, detoxifier, examples, rewritten)
     write_json(stage.folder / "metrics.json", result)
     log.info("%s", told(result))
+    values = numbers("eval/detoxifier", result)
+    if (tuned := detoxifier_objective(result["all"])) is not None:
+        values["objective/detoxifier"] = tuned
+    log_values(cfg, run.path, stage.folder, values)
     stage.finish(result)
 
 

@@ -18,9 +18,11 @@ import train
 from configs.compose import last_wins
 from configs.keys import leaves
 from datamodules.embedding_store import EmbeddingStore
+from evaluation.objective import report_objectives
 from scripts import show_sample
 from stages.replays import FILE, read_replays
 from tests.micro import config, micro
+from tests.wandb_server import inspected
 
 SMALL = [
     "experiment=sea_image", "synthesis.harmful=3", "synthesis.harmless=3", "synthesis.slots=4",
@@ -184,9 +186,21 @@ def test_no_pickle_is_left_in_a_run_but_lightning_checkpoints(finished: Path) ->
 
 def test_wandb_ran_offline_in_one_run_for_all_stages(finished: Path) -> None:
     (file,) = finished.rglob("offline-run-*/*.wandb")
-    logged = file.read_bytes()
-    for name in (b"synthesize/synthesis/loss", b"text_sft/align/loss", b"sea_dpo/align/loss", b"eval/base/micro"):
-        assert name in logged
+    records = inspected(file.parent)
+    assert [r["exit"]["exit_code"] for r in records if r["type"] == "exit"] == [0]
+    history = [r["history"]["item"] for r in records if r["type"] == "history"]
+    logged = {name for row in history for name in row}
+    assert {"synthesize/synthesis/loss", "text_sft/align/loss", "sea_dpo/align/loss"} <= logged
+    report = json.loads((finished / "report.json").read_text())
+    found = report_objectives(report["results"])
+    assert set(found) == {"base", "text_sft", "sea_dpo"}
+    assert {name: history[-1][f"objective/{name}"] for name in found} == found
+    assert all(history[-1][f"eval/{r['variant']}/{r['benchmark']}/{r['task']}/{r['metric']}"] == r["value"]
+               for r in report["results"] if r["scenario"] == "all")  # fmt: skip
+    artifacts = [r["artifact"] for r in records if r["type"] == "artifact"]
+    store, adapters = "embedding-store", ["adapter", "adapter"]
+    assert sorted(a["type"] for a in artifacts if a.get("use_after_commit")) == [*adapters, store]
+    assert sorted(a["type"] for a in artifacts if not a.get("use_after_commit")) == [*adapters, store, "run_table"]
     media = file.parent / "files" / "media"
     (table,) = media.rglob("samples*.table.json")
     rows = json.loads(table.read_text())
