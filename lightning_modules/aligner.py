@@ -11,6 +11,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from configs.schema import AlignVariant
 from datamodules.alignment import AlignmentBatch, chunks
+from lightning_modules.at_work import AtWork, of_items
 from lightning_modules.losses import token_logps
 from lightning_modules.optimisation import adamw, keep_trained, trained
 from mllm.branches import BranchForward, BranchLogits, Item
@@ -82,6 +84,7 @@ class Aligner(L.LightningModule, ABC):
         self.noise, self.attack_radius, self.calm_steps = noise, attack_radius, calm_steps
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds the trained weights only
+        self.at_work = AtWork()
         self.lockstep = False  # every rank runs as many passes as the one with the most: sharded weights need it
         self.model = model
         self.anchor = mllm.anchor
@@ -108,6 +111,7 @@ class Aligner(L.LightningModule, ABC):
         parts = list(chunks(self.with_noise(batch), self.micro_batch_size))
         missing = self.passes_missing(parts)  # before the first pass: the ranks ask each other
         for items, E, ids in parts:
+            self.at_work.on(self.global_step, partial(of_items, items))
             loss, sums = self.micro_backward(items, E, ids, total)
             loss_sum += loss
             for key, value in sums.items():

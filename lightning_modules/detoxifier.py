@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from datamodules.rewriting import RewriteBatch
+from lightning_modules.at_work import AtWork
 from lightning_modules.losses import sft_loss, token_logps
 from lightning_modules.optimisation import adamw, keep_trained, trained
 
@@ -46,6 +47,7 @@ class DetoxifierTuner(L.LightningModule):
     ) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds the trained weights only
+        self.at_work = AtWork()
         self.model, self._plain = net, (model,)  # in a tuple: not registered a second time
         self.steps, self.lr, self.warmup_steps, self.weight_decay = steps, lr, warmup_steps, weight_decay
 
@@ -55,6 +57,7 @@ class DetoxifierTuner(L.LightningModule):
         return self._plain[0]
 
     def training_step(self, batch: RewriteBatch, batch_idx: int) -> torch.Tensor:
+        self.at_work.on(self.global_step, lambda: (len(batch.ids), "pairs", batch.ids.shape[1]))
         logps = target_logps(self.plain, batch)
         loss = sft_loss(logps, len(logps))
         self.log("detoxifier/loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)

@@ -32,6 +32,7 @@ from datamodules.sources import safety_records, with_concepts
 from datamodules.synthesis_ticks import SynthesisDataModule
 from evaluation.phrases import shows_concept, words_of
 from evaluation.report import synthesis_summary
+from lightning_modules.at_work import AtWork
 from lightning_modules.embedding_optimizer import EmbeddingOptimizer
 from lightning_modules.slots import SecondMoment
 from mllm.generate import answer_embedded
@@ -152,7 +153,8 @@ def work(
     resume = SlotCheckpoint(stage.folder, cfg.synthesis.checkpoint_every_steps)
     once: dict[str, Any] = {"max_epochs": 1, "enable_checkpointing": False}
     callbacks = [resume, keep, StopWhenTold(resume.save)]
-    fit = trainer(cfg, stage.folder, "synthesize", callbacks, SeparateRanks, **once)
+    at_work = AtWork(stage.name, {"synthesis.slots": cfg.synthesis.slots})
+    fit = trainer(cfg, stage.folder, "synthesize", callbacks, SeparateRanks, at_work=at_work, **once)
     rank, world = fit.global_rank, fit.world_size
     missing, unverified = plan.share(rank, world)
     before = len(records) - len(plan.missing)
@@ -160,10 +162,13 @@ def work(
     fit.callbacks.append(SynthesisProgress(title, before, before + len(missing)))  # type: ignore[attr-defined]
     began = time.perf_counter()
     module = optimizer(cfg, mllm, [by_id[id] for id in missing])
-    fit.fit(module, SynthesisDataModule(lambda: module.busy))
+    module.at_work = at_work
+    with at_work.told():
+        fit.fit(module, SynthesisDataModule(lambda: module.busy))
     seconds = time.perf_counter() - began
     if cfg.synthesis.verify:
-        verify(cfg, mllm, [by_id[id] for id in (*missing, *unverified)], store)
+        with AtWork(f"{stage.name}, verification", at_work.lower).told():
+            verify(cfg, mllm, [by_id[id] for id in (*missing, *unverified)], store)
     figures = Part(plan.session, rank, seconds, len(missing), round(peak_memory_mb()), module.loss_by_age)
     leave_part(stage.folder, figures)
     return await_parts(stage.folder, plan.session, world) if rank == 0 else []

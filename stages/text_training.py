@@ -19,6 +19,8 @@ from configs.schema import Config, Lora
 from datamodules.micro_pairs import micro_parts
 from datamodules.qa_batches import QuestionTexts
 from datamodules.qa_pairs import Answer, Part, QAPair, read_pairs, require, split_pairs
+from lightning_modules.detoxifier import DetoxifierTuner
+from lightning_modules.harm_detector import HarmDetector
 from mllm.frozen_layers import freeze_lower
 from stages.runs import Stage
 from stages.trainers import trainer
@@ -90,7 +92,7 @@ def steps_of(epochs: float, items: int, batch_size: int) -> int:
 def fit(
     cfg: Config,
     stage: Stage,
-    module: L.LightningModule,
+    module: HarmDetector | DetoxifierTuner,
     data: L.LightningDataModule,
     steps: int,
     every: int,
@@ -104,17 +106,20 @@ def fit(
     names what is learned from, where the stage's settings do not; checkpoints of other data are not gone on from.
     """
     folder = stage.folder / "checkpoints" / part.replace(" ", "_") / learned
+    at_work = module.at_work
     fitting = trainer(
         cfg,
         stage.folder,
         stage.name,
         [*checkpoints(folder, every), TrainingProgress(part or stage.name)],
         logged=not part,
+        at_work=at_work,
         max_steps=steps,
         max_epochs=-1,
         gradient_clip_val=clip or None,
     )
-    fitting.fit(module, data, ckpt_path=last_checkpoint(folder), weights_only=True)
+    with at_work.told():
+        fitting.fit(module, data, ckpt_path=last_checkpoint(folder), weights_only=True)
 
 
 def export(model: nn.Module, tokenizer: Any, folder: Path, base: str, full: bool) -> None:

@@ -19,7 +19,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from callbacks.throughput import Throughput
 from callbacks.wandb_run import StageLogger, wandb_run
 from configs.schema import Config
+from lightning_modules.at_work import AtWork
 from stages import ranks
+from stages.failures import current
 from stages.strategies import ShardedStep, SharedStep
 
 # True for us by design, and repeated for every one of a dozen fits.
@@ -31,6 +33,22 @@ _EXPECTED = (
     ".*Couldn't infer the batch indices.*",  # callbacks/generation_writer.py needs none
     ".*`srun` command is available.*",  # a job of one process needs no srun
 )
+
+
+class TellFailures(L.Callback):
+    """At the moment when a fit fails, before Lightning takes it down: that may hang where a connection is broken."""
+
+    def __init__(self, at_work: AtWork) -> None:
+        self.at_work = at_work
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The leader has just started the other processes."""
+        if (failures := current()) is not None:
+            failures.watch()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if (failures := current()) is not None:
+            failures.tell(self.at_work.explained(exception))
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -123,6 +141,7 @@ def trainer(
     together: type[DDPStrategy] | None = None,
     logged: bool = True,
     precision: str | None = None,
+    at_work: AtWork | None = None,
     **arguments: Any,
 ) -> L.Trainer:
     """A trainer that knows its rank and the number of ranks; `fit` starts the other processes.
@@ -131,6 +150,7 @@ def trainer(
         together: of stages/strategies.py, in place of plain DDP where there are several processes.
         logged: with the loggers of the configuration.
         precision: in place of `trainer.precision`.
+        at_work: what is told where memory does not suffice; also to be set as the module's own.
         arguments: go to `lightning.Trainer` as they are (max_steps, max_epochs, ...).
 
     Raises:
@@ -152,7 +172,11 @@ def trainer(
         deterministic=t.deterministic,
         log_every_n_steps=t.log_every_n_steps,
         logger=loggers(cfg, folder, name) if logged else False,
-        callbacks=[*callbacks, *([Throughput()] if cfg.callbacks.throughput else [])],
+        callbacks=[
+            *callbacks,
+            *([Throughput()] if cfg.callbacks.throughput else []),
+            TellFailures(at_work or AtWork(name)),
+        ],
         plugins=[AtomicCheckpoints(), *launched_by()],
         enable_progress_bar=False,
         enable_model_summary=False,
