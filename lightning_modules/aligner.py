@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from configs.schema import AlignVariant
+from configs.schema import AlignVariant, Model
 from datamodules.alignment import AlignmentBatch, chunks
 from lightning_modules.at_work import AtWork, of_items
 from lightning_modules.losses import token_logps
@@ -37,23 +37,26 @@ def trainable_model(mllm: MLLM, variant: AlignVariant) -> nn.Module:
     Raises:
         ValueError: `model.lora_targets` is empty or matches no module.
     """
+    return made_trainable(mllm.model, mllm.spec, tuple(mllm.anchor.encoder_modules), variant)
+
+
+def made_trainable(model: Any, spec: Model, encoder: Sequence[str], variant: AlignVariant) -> nn.Module:
+    """The same where there is no bundle: `encoder` are the paths of the bypassed modules."""
     if variant.full_finetune:
-        encoder = tuple(f"{name}." for name in mllm.anchor.encoder_modules)
-        for name, p in mllm.model.named_parameters():
-            p.requires_grad_(not name.startswith(encoder))
-        return mllm.model
-    if not mllm.spec.lora_targets:
-        raise ValueError(
-            f"model {mllm.spec.name}: model.lora_targets is empty; give a regular expression of LLM modules"
-        )
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.startswith(tuple(f"{path}." for path in encoder)))
+        whole: nn.Module = model
+        return whole
+    if not spec.lora_targets:
+        raise ValueError(f"model {spec.name}: model.lora_targets is empty; give a regular expression of LLM modules")
     config = LoraConfig(
         r=variant.lora.r,
         lora_alpha=variant.lora.alpha,
         lora_dropout=variant.lora.dropout,
-        target_modules=mllm.spec.lora_targets,
+        target_modules=spec.lora_targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(mllm.model, config)
+    return get_peft_model(model, config)
 
 
 class Aligner(L.LightningModule, ABC):

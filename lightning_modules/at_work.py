@@ -5,7 +5,8 @@
         trainer.fit(module)
     self.at_work.on(step, batch)                                                            # by the module
 
-CUDA raises `torch.OutOfMemoryError` (a RuntimeError), the CPU's allocator a plain RuntimeError, Python and NumPy a MemoryError.
+CUDA raises `torch.OutOfMemoryError` (a RuntimeError), the CPU's allocator a plain RuntimeError, Python and NumPy a
+MemoryError.
 """
 
 from __future__ import annotations
