@@ -1,4 +1,4 @@
-"""Compares what `plan=true` expects with what torch's allocator gave out in a real run, stage by stage (docs/memory.md).
+"""Compares what `plan=true` expects with what torch gave out in a real run, stage by stage (docs/memory.md).
 
     python scripts/measure_memory.py experiment=sea_image trainer.accelerator=cpu
 

@@ -77,7 +77,8 @@ class Failures:
         _open = self
 
     def watch(self) -> None:
-        """Begins to look after the others, where there are any. Called again, it does nothing."""
+        """Begins to look after the others, where there are any; until then nothing is told or heard. To be called while
+        they are there: Lightning's leader takes its traces out of the environment when a fit ends."""
         if ranks.several() and self._watcher is None:
             main = threading.main_thread().ident
             self._watcher = threading.Thread(target=self._watch, args=(main,), name="failures", daemon=True)
@@ -106,7 +107,7 @@ class Failures:
 
     def cause(self, error: BaseException) -> Failure | None:
         """The failure of another process that is behind this error. Waits for its word where that may still come."""
-        if not ranks.several() or isinstance(error, KeyboardInterrupt) or error is self._told:
+        if self._watcher is None or isinstance(error, KeyboardInterrupt) or error is self._told:
             return None
         if not isinstance(error, SystemExit) and not is_consequence(error):
             return None
@@ -118,7 +119,7 @@ class Failures:
     def tell(self, error: BaseException) -> None:
         """Says it on stderr and to the others, once; not if another's failure is behind it, or another told the same.
         Of several errors the first counts."""
-        if not ranks.several() or self._told is not None or not isinstance(error, Exception):
+        if self._watcher is None or self._told is not None or not isinstance(error, Exception):
             return
         if self.cause(error) is not None:
             return
