@@ -64,6 +64,11 @@ def run_stages(composed: Composed, argv: list[str]) -> None:
     from stages.preflight import preflight  # imports transformers, which reads these
 
     preflight(composed.config)
+    if composed.config.plan:
+        from stages.memory_plan import show
+
+        show(composed.config)
+        return
     with Run(composed.config, composed.choices, argv) as run:
         for name in composed.config.stages:
             importlib.import_module(f"stages.{name}").run(composed.config, run)

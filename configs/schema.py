@@ -2,7 +2,8 @@
 
 Hydra composes `train.yaml` and the groups over these dataclasses, so a misspelled key is an error wherever it stands.
 To add a key, add one line: `name: type = doc("help", default)`; `choices`, `low` and `high` bound it, `free=True` says
-that it may change when a run is resumed (it cannot alter a result). `train.py --help` reads everything from here.
+that it may change when a run is resumed (it cannot alter a result), `at_once=True` the same of how much is computed
+together, which alters a result by rounding and is recorded. `train.py --help` reads everything from here.
 Nothing heavy is imported: `--help` and every configuration error must answer at once.
 """
 
@@ -54,9 +55,10 @@ def doc(
     low: float | None = None,
     high: float | None = None,
     free: bool = False,
+    at_once: bool = False,
 ) -> Any:
     """A field with its help; `choices` (of a string or of a list's items) and `low <= x <= high` are checked."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "free": free}
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "free": free, "at_once": at_once}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -184,7 +186,7 @@ class Concepts:
 class Synthesis:
     """The embedding optimiser (SEA, section 3): one E for each concept, the model frozen."""
 
-    slots: int = doc("concepts optimised at once on one device", 64, low=1)
+    slots: int = doc("concepts optimised at once on one device", 64, low=1, at_once=True)
     lr: float = doc("Adam's learning rate", 0.1, low=0)
     betas: list[float] = doc("Adam's betas", [0.9, 0.999])
     second_moment: str = doc(
@@ -280,7 +282,7 @@ class AlignVariant:
     data: str = doc("text: text records; sea: embeddings too", REQUIRED, choices=("text", "sea"))
     steps: int = doc("optimiser steps", 200, low=1)
     batch_size: int = doc("examples in one step, over all devices", 32, low=1)
-    micro_batch_size: int = doc("examples in one forward", 32, low=1)
+    micro_batch_size: int = doc("examples in one forward", 32, low=1, at_once=True)
     lr: float = doc("AdamW's peak learning rate", 1e-3, low=0)
     warmup_steps: int = doc("steps of linear warm-up", 10, low=0)
     weight_decay: float = doc("AdamW's weight decay", 0.0, low=0)
@@ -671,6 +673,7 @@ class Config:
     run: str | None = doc("names and resumes a run; null: the run of a W&B sweep, the SLURM job, else a new time stamp")
     run_dir: str | None = doc("the run directory outright; null: runs/<experiment>/<run>")
     seed: int = doc("seed of everything that is drawn", 0, low=0)
+    plan: bool = doc("tell how much memory each stage will take, and run nothing (docs/memory.md)", False, free=True)
     stages: list[str] = doc(
         "stages to run; they run in this order", ["synthesize", "align", "evaluate"], choices=STAGES
     )

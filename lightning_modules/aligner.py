@@ -12,6 +12,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -21,8 +22,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from configs.schema import AlignVariant
+from configs.schema import AlignVariant, Model
 from datamodules.alignment import AlignmentBatch, chunks
+from lightning_modules.at_work import AtWork, of_items
 from lightning_modules.losses import token_logps
 from lightning_modules.optimisation import adamw, average_gradients, clip_gradients, keep_trained, trained
 from mllm.branches import BranchForward, BranchLogits, Item
@@ -36,23 +38,26 @@ def trainable_model(mllm: MLLM, variant: AlignVariant) -> nn.Module:
     Raises:
         ValueError: `model.lora_targets` is empty or matches no module.
     """
+    return made_trainable(mllm.model, mllm.spec, tuple(mllm.anchor.encoder_modules), variant)
+
+
+def made_trainable(model: Any, spec: Model, encoder: Sequence[str], variant: AlignVariant) -> nn.Module:
+    """The same where there is no bundle: `encoder` are the paths of the bypassed modules."""
     if variant.full_finetune:
-        encoder = tuple(f"{name}." for name in mllm.anchor.encoder_modules)
-        for name, p in mllm.model.named_parameters():
-            p.requires_grad_(not name.startswith(encoder))
-        return mllm.model
-    if not mllm.spec.lora_targets:
-        raise ValueError(
-            f"model {mllm.spec.name}: model.lora_targets is empty; give a regular expression of LLM modules"
-        )
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.startswith(tuple(f"{path}." for path in encoder)))
+        whole: nn.Module = model
+        return whole
+    if not spec.lora_targets:
+        raise ValueError(f"model {spec.name}: model.lora_targets is empty; give a regular expression of LLM modules")
     config = LoraConfig(
         r=variant.lora.r,
         lora_alpha=variant.lora.alpha,
         lora_dropout=variant.lora.dropout,
-        target_modules=mllm.spec.lora_targets,
+        target_modules=spec.lora_targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(mllm.model, config)
+    return get_peft_model(model, config)
 
 
 class Aligner(L.LightningModule, ABC):
@@ -83,6 +88,7 @@ class Aligner(L.LightningModule, ABC):
         self.noise, self.attack_radius, self.calm_steps = noise, attack_radius, calm_steps
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds the trained weights only
+        self.at_work = AtWork()
         self.lockstep = False  # every rank runs as many passes as the one with the most: sharded weights need it
         self.model = model
         self.anchor = mllm.anchor
@@ -109,6 +115,7 @@ class Aligner(L.LightningModule, ABC):
         parts = list(chunks(self.with_noise(batch), self.micro_batch_size))
         missing = self.passes_missing(parts)  # before the first pass: the ranks ask each other
         for items, E, ids in parts:
+            self.at_work.on(self.global_step, partial(of_items, items))
             loss, sums = self.micro_backward(items, E, ids, total)
             loss_sum += loss
             for key, value in sums.items():

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from datamodules.rewriting import RewriteBatch
+from lightning_modules.at_work import AtWork
 from lightning_modules.losses import sft_loss, token_logps
 from lightning_modules.optimisation import adamw, average_gradients, clip_gradients, keep_trained, trained
 from mllm.frozen_layers import text_layers
@@ -62,6 +63,7 @@ class DetoxifierTuner(L.LightningModule):
     ) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds the trained weights only
+        self.at_work = AtWork()
         self.model, self._plain = net, (model,)  # in a tuple: not registered a second time
         self._score = (TargetLogps(net, model),)
         self.steps, self.lr, self.warmup_steps, self.weight_decay = steps, lr, warmup_steps, weight_decay
@@ -76,6 +78,7 @@ class DetoxifierTuner(L.LightningModule):
         return self._score[0](batch)
 
     def training_step(self, batch: RewriteBatch, batch_idx: int) -> torch.Tensor:
+        self.at_work.on(self.global_step, lambda: (len(batch.ids), "pairs", batch.ids.shape[1]))
         # of several ranks each has a share of the batch; averaging their gradients divides by their number
         loss = sft_loss(self.logps(batch), batch.targets) * self.trainer.world_size
         self.log("detoxifier/loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)

@@ -18,12 +18,14 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 
 from datamodules.control_samples import SynthesisJob
+from lightning_modules.at_work import AtWork, of_items
 from lightning_modules.losses import token_logps
 from lightning_modules.slots import SecondMoment, SlotAdam, SlotTensors, schedule
 from mllm.branches import BranchForward, BranchLogits, Plan
@@ -120,6 +122,7 @@ class EmbeddingOptimizer(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.at_work = AtWork()
         self._mllm = [mllm]  # in a list: the frozen model is no submodule, so it is neither saved nor wrapped
         self.queue = deque(queue)
         self.total = len(self.queue)
@@ -169,8 +172,9 @@ class EmbeddingOptimizer(L.LightningModule):
         slots = [s for s, entry in enumerate(self.table) if entry is not None]
         if not slots:
             return
+        items = [self.table[s].job.item for s in slots]  # type: ignore[union-attr]
+        self.at_work.on(self.global_step, partial(of_items, items))
         if self.plan is None:
-            items = [self.table[s].job.item for s in slots]  # type: ignore[union-attr]
             self.plan = self.forward_branches.plan(items, shared=self.shared_prefix)
         out = self.forward_branches(
             self.plan, self.tensors.rows(slots, self.noise, self.noise_generators(inner, slots))

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from datamodules.qa_batches import TextBatch
+from lightning_modules.at_work import AtWork
 from lightning_modules.detector_losses import DetectorLoss, bce, bce_pairwise
 from lightning_modules.optimisation import adamw, average_gradients, clip_gradients, keep_trained, trained
 from mllm.anchor import base_model
@@ -55,6 +56,7 @@ class HarmDetector(L.LightningModule):
     ) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds the trained weights only
+        self.at_work = AtWork()
         self.model, self.loss, self.steps, self.lr = model, loss, steps, lr
         self.warmup_steps, self.weight_decay, self.harmful_weight = warmup_steps, weight_decay, harmful_weight
         self.head_ids, self.head_lr_factor = {id(p) for p in head}, head_lr_factor
@@ -70,6 +72,7 @@ class HarmDetector(L.LightningModule):
         return self.model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, 0].float()
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> torch.Tensor:
+        self.at_work.on(self.global_step, lambda: (len(batch.ids), "texts", batch.ids.shape[1]))
         z_N = self(batch)
         z_L, h_L = z_N[batch.text_L], batch.harmless_L
         better, worse = z_N[batch.pairs_P2[:, 0]], z_N[batch.pairs_P2[:, 1]]

@@ -55,7 +55,7 @@ class Anchor:
         if not self.projectors or len(set(self.projectors)) < len(self.projectors):
             raise ValueError(f"projector: got {list(self.projectors)}, expected one or more different module paths")
         for path in self.projectors:
-            _require_module(self.base, path)
+            require_module(self.base, path)
         self.E0_by_path: dict[str, Tensor] = {}
         self._blank: Blank | None = None
         self._replays: dict[str, Replay] = {}
@@ -320,7 +320,8 @@ class _Reached(Exception):
     """Ends a forward whose rest is not needed."""
 
 
-def _require_module(base: nn.Module, path: str) -> None:
+def require_module(base: nn.Module, path: str) -> None:
+    """Raises ValueError, with close matches, unless the model has a module of that path."""
     try:
         base.get_submodule(path)
     except AttributeError:

@@ -27,6 +27,7 @@ from datamodules.embedding_store import EmbeddingStore
 from datamodules.prompt_batches import PromptBatches, batched
 from datamodules.records import Record, read_records
 from lightning_modules.aligner import Aligner, trainable_model
+from lightning_modules.at_work import AtWork
 from lightning_modules.dpo_aligner import DPOAligner, load_reference, save_reference
 from lightning_modules.losses import DPOLossType
 from lightning_modules.sft_aligner import SFTAligner
@@ -89,7 +90,8 @@ def align_variant(cfg: Config, run: Run, name: str, variant: AlignVariant) -> No
         recompute_activations(module.model)
     datamodule = AlignmentDataModule(data, items, variant.mixture, store, variant.steps, variant.batch_size, cfg.seed)
     if isinstance(module, DPOAligner) and cfg.align.precompute_reference:
-        module.reference = reference(run, stage, module, datamodule.batches, data, items, variant)
+        with AtWork(stage.name, lower(name, variant)).told():
+            module.reference = reference(run, stage, module, datamodule.batches, data, items, variant)
     read_from = {}
     if store is not None and run.leader:
         read_from["store"] = use_artifact(cfg, run.path, "store", store.path)
@@ -162,13 +164,17 @@ def fit(
     """Trains, or continues from the last checkpoint of an interrupted attempt. Returns the steps taken."""
     folder = stage.folder / "checkpoints"
     callbacks = [*probes(cfg, name, mllm), *checkpoints(folder, variant.checkpoint_every_steps), TrainingProgress(name)]
-    fitting = trainer(cfg, stage.folder, name, callbacks, SharedStep, max_steps=variant.steps, max_epochs=-1)
+    module.at_work = at_work = AtWork(stage.name, lower(name, variant))
+    fitting = trainer(
+        cfg, stage.folder, name, callbacks, SharedStep, at_work=at_work, max_steps=variant.steps, max_epochs=-1
+    )
     if variant.batch_size < fitting.world_size:
         raise ValueError(
             f"variants.{name}.batch_size: got {variant.batch_size}, expected at least one example for each of "
             f"{fitting.world_size} devices"
         )
-    fitting.fit(module, data, ckpt_path=last_checkpoint(folder), weights_only=True)
+    with at_work.told():
+        fitting.fit(module, data, ckpt_path=last_checkpoint(folder), weights_only=True)
     return fitting.global_step
 
 
@@ -181,6 +187,11 @@ def probes(cfg: Config, name: str, mllm: MLLM) -> list[Probe]:
     batches = PromptBatches(batched(prompts, cfg.evaluate.batch_size), media_rules(cfg, mllm))
     limit = cfg.evaluate.max_new_tokens
     return [Probe(name, mllm, batches, cfg.align.probe_every_steps, limit, cfg.align.patience)]
+
+
+def lower(name: str, variant: AlignVariant) -> dict[str, int]:
+    """What decides how much memory a step takes."""
+    return {f"variants.{name}.micro_batch_size": variant.micro_batch_size}
 
 
 def export(

@@ -24,6 +24,7 @@ from datamodules.benchmark_prompts import BenchmarkPrompt
 from datamodules.prompt_batches import PromptDataModule, unanswered
 from evaluation.rows import GenerationLog
 from lightning_modules.answerer import Answerer
+from lightning_modules.at_work import AtWork
 from mllm.loading import MLLM, load
 from stages.align import adapter_path
 from stages.media import media_rules
@@ -96,7 +97,10 @@ def generate(
     given = cfg.evaluate.adapters.get(variant)
     model = adapted(mllm, adapter_path(trained, variant) if given is None else Path(given), variant)
     # Answers are those of the weights as they are loaded, whatever the precision of training.
-    answering = trainer(cfg, stage.folder, variant, [], SeparateRanks, logged=False, precision="32-true")
+    at_work = AtWork(f"{stage.name}, {variant}", {"evaluate.batch_size": cfg.evaluate.batch_size})
+    answering = trainer(
+        cfg, stage.folder, variant, [], SeparateRanks, logged=False, precision="32-true", at_work=at_work
+    )
     rank, world = answering.global_rank, answering.world_size
     batches = unanswered(prompts, cfg.evaluate.batch_size, missing)
     data = PromptDataModule(batches, media_rules(cfg, mllm))
@@ -104,9 +108,11 @@ def generate(
     title = f"evaluate {variant}" if world == 1 else f"evaluate {variant}, rank {rank} of {world}"
     before = len(prompts) - len(missing)
     own = generations if rank == 0 else GenerationLog(_own(generations.path, rank), variant)
-    with Progress(title, before + mine, "answers", done=before) as progress, own:
+    answerer = Answerer(mllm, model, cfg.evaluate.max_new_tokens)
+    answerer.at_work = at_work
+    with Progress(title, before + mine, "answers", done=before) as progress, own, at_work.told():
         answering.callbacks.append(GenerationWriter(own, progress, missing))  # type: ignore[attr-defined]
-        answering.predict(Answerer(mllm, model, cfg.evaluate.max_new_tokens), data, return_predictions=False)
+        answering.predict(answerer, data, return_predictions=False)
     return rank, world
 
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -17,9 +16,8 @@ from types import FrameType
 from callbacks.signals import EXIT_CODES
 from callbacks.wandb_process import end_wandb
 from configs.compose import ConfigError
-from datamodules.durable import DiskFullError
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+from stages.failures import current, stay
+from stages.telling import spoken
 
 
 def exit_code_of(action: Callable[[], None]) -> int:
@@ -46,18 +44,12 @@ def _code_of(action: Callable[[], None]) -> int:
     except Exception as error:
         if os.environ.get("SEAWALL_TRACEBACK", "") not in ("", "0"):
             traceback.print_exc()
-        print(f"error: {message(error)}", file=sys.stderr)
+        failures = current()
+        if failures is None or not failures.told:  # one of several processes has said it before it ended its run
+            print(f"error: {spoken(error)}", file=sys.stderr, flush=True)
+        stay()
         return 2 if isinstance(error, ConfigError) else 1
     return 0
-
-
-def message(error: Exception) -> str:
-    """What a user needs to know of `error`: its own words if it is meant for users, else its kind as well."""
-    if _disk_is_full(error):
-        return f"the disk is full: {error}. Nothing finished is lost: make room and run the same command again"
-    if isinstance(error, (ValueError, OSError)):
-        return str(error) or type(error).__name__
-    return f"{type(error).__name__}: {error}"
 
 
 def _end(signum: int, frame: FrameType | None) -> None:
@@ -75,14 +67,3 @@ def _code_of_exit(end: SystemExit) -> int:
     if isinstance(end.__context__, KeyboardInterrupt):  # raised elsewhere: Lightning turns it into sys.exit(1)
         return 130
     return end.code if isinstance(end.code, int) else 1
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Also when a library (safetensors, torch) retold the system's error in its own words."""
-    while error is not None:
-        if isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in DISK_FULL):
-            return True
-        if "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

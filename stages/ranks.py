@@ -52,6 +52,20 @@ def global_rank() -> str:
     return env.get("SLURM_PROCID", "0")
 
 
+def spoken(rank: str) -> str:
+    """`rank 3`, or `rank 1 of node 2` where only the place on a node is known."""
+    node, _, place = rank.rpartition(".")
+    return f"rank {place}" + (f" of node {node}" if node not in ("", "0") else "")
+
+
+def several() -> bool:
+    """Whether this launch has more than one process. Lightning's leader knows it from the moment it starts them."""
+    env = os.environ
+    if "WORLD_SIZE" in env:
+        return env["WORLD_SIZE"] != "1"
+    return "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1
+
+
 def slurm_job() -> str | None:
     """`JOB` or `ARRAY_TASK` under SLURM: the same after a requeue, unlike a time stamp."""
     env = os.environ
@@ -80,7 +94,8 @@ def wait_for(look: Callable[[], T | None], what: str, timeout: float = float("in
     """Poll `look` until it returns something.
 
     Other ranks may rightly take hours, so there is no limit by default: a rank that fails takes the others with it
-    (Lightning watches those that it started, torchrun its workers, `srun --kill-on-bad-exit` its tasks).
+    (stages/failures.py; for one that is killed, Lightning watches those that it started, torchrun its workers, `srun
+    --kill-on-bad-exit` its tasks).
 
     Raises:
         TimeoutError: after `timeout` (s).
@@ -91,7 +106,7 @@ def wait_for(look: Callable[[], T | None], what: str, timeout: float = float("in
         now = time.monotonic()
         if now - began > timeout:
             raise TimeoutError(f"waited {timeout:.0f} s for {what}: the leading process is gone or stuck, see its log")
-        if _orphaned():
+        if orphaned():
             raise SystemExit(143)
         if now - told > 600:
             told = now
@@ -110,11 +125,12 @@ def end_with_leader() -> None:
         threading.Thread(target=_watch, name=LEADER, daemon=True).start()
 
 
-def _orphaned() -> bool:
+def orphaned() -> bool:
+    """Whether the leader that started this process is gone."""
     return not is_leader() and os.environ.get(LEADER, str(os.getppid())) != str(os.getppid())
 
 
 def _watch() -> None:
-    while not _orphaned():
+    while not orphaned():
         time.sleep(0.3)
     os._exit(143)  # as after kill -9: whatever is on the disk by now is whole

@@ -35,8 +35,10 @@ from configs.compose import save
 from configs.keys import leaves
 from configs.schema import MODALITIES, Config
 from datamodules.durable import write_durably
+from lightning_modules.at_work import explained
 from mllm.plugins import source_hash
 from stages import ranks, run_folder
+from stages.failures import Failures, RankFailed
 from stages.manifest import begin_manifest
 from stages.run_log import RunLog, file_only, log
 
@@ -85,6 +87,9 @@ class Run:
         self._accepted = False
         self._log: RunLog | None = None
         self._lock: list[int] = []
+        self._at_work: str | None = None  # the stage, for whoever reports that it failed
+        self.failures = Failures(self.path, self.session)
+        self.failures.watch()
         if not self.leader:
             console.quiet = True
             ranks.end_with_leader()
@@ -94,6 +99,8 @@ class Run:
         try:
             os.environ |= {ranks.RUN_DIR: str(self.path), ranks.SESSION: self.session, ranks.LEADER: str(os.getpid())}
             self._log = RunLog(self.path / (f"run-{self.shard}.log" if self.shard else "run.log"))
+            if not self.shard:  # another shard may be failing just now
+                self.failures.forget()
             for left_over in [] if self.shard else self.path.glob(".old-*"):
                 shutil.rmtree(left_over)
         except BaseException:
@@ -104,7 +111,17 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and self.leader:
+        self.failures.end(failed=error is not None)
+        if error is None:
+            self.close()
+            return
+        cause = self.failures.cause(error)
+        given, error = error, explained(error, self._at_work or "", {})
+        if cause is None and isinstance(error, Exception):
+            self.failures.tell(error)
+        if self.leader:
+            if cause is not None:
+                file_only.error("%s\n%s", cause, cause.trace)
             if isinstance(error, Exception):
                 file_only.error("failed", exc_info=error)
                 assert self._log is not None
@@ -112,6 +129,10 @@ class Run:
             if self._accepted:
                 log.info("to go on where it stopped: %s", self.resume_command)
         self.close()
+        if cause is not None:
+            raise RankFailed(str(cause)) from error
+        if error is not given:
+            raise error from given
 
     @property
     def resume_command(self) -> str:
@@ -177,6 +198,7 @@ class Run:
                 An attempt that failed before it wrote anything does not count.
         """
         folder = self.path / name
+        self._at_work = name
         if not self.leader:
             found = ranks.wait_for(lambda: self._opened(name), f"{name} to begin")
             return Stage(name, folder, found["opened_as"], found.get("result", {}), self)
@@ -185,7 +207,7 @@ class Run:
         record = self._read(name)
         state: State = "new"
         if record is not None:
-            changed = difference(with_defaults(record["made_from"], made_from), made_from)
+            changed = self._that_count(difference(with_defaults(record["made_from"], made_from), made_from))
             redone = [up for up, identity in before.items() if record["after"].get(up) != identity]
             if record["status"] != "done" and not any(p.name != "stage.json" for p in folder.iterdir()):
                 changed, redone = {}, []  # an attempt that left nothing: there is nothing that could not fit
@@ -249,10 +271,15 @@ class Run:
             raise ValueError(_not_done_message(self.path, up))
         now = self._config()
         recorded = {k: v for k, v in record["made_from"].items() if k in now}
-        changed = difference(recorded, {k: now[k] for k in recorded})
+        changed = self._that_count(difference(recorded, {k: now[k] for k in recorded}))
         if changed:
             raise ValueError(_changed_message(self.path, up, changed) + f"; {name} reads it")
         return str(record["id"])
+
+    def _that_count(self, changed: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+        """Without how much is computed at once: who ran out of memory lowers it and goes on with what is there."""
+        at_once = {leaf.key for leaf in leaves(self.cfg) if leaf.field.metadata.get("at_once")}
+        return {key: values for key, values in changed.items() if key not in at_once}
 
     def _config(self) -> dict[str, Any]:
         kept = {leaf.key: leaf.value for leaf in leaves(self.cfg) if not leaf.field.metadata.get("free")}

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from configs.schema import Config
 from datamodules.qa_batches import QuestionBatches, QuestionTexts, StepDataModule
+from lightning_modules.at_work import AtWork
 from lightning_modules.detector_losses import DetectorLoss
 from lightning_modules.harm_detector import HarmDetector
 from mllm.sections import SectionClassifier, SectionHead
@@ -118,6 +119,7 @@ def trained(
         harmful_weight=harmful_weight(part) if d.harmful_weight is None else d.harmful_weight,
         pooled=pooled,
     )
+    module.at_work = AtWork(stage.name, {"detector.batch_size": d.batch_size})
     batches = StepDataModule(QuestionBatches(part, d.batch_size, steps, cfg.seed, pad_id=0))
     fit(cfg, stage, module, batches, steps, d.checkpoint_every_steps, d.grad_clip, name, digest)
     file.parent.mkdir(exist_ok=True)

@@ -34,6 +34,7 @@ from datamodules.sources import safety_records, with_concepts
 from datamodules.synthesis_ticks import SynthesisDataModule
 from evaluation.phrases import shows_concept, words_of
 from evaluation.report import synthesis_summary
+from lightning_modules.at_work import AtWork
 from lightning_modules.embedding_optimizer import EmbeddingOptimizer
 from lightning_modules.slots import SecondMoment
 from mllm.generate import answer_embedded
@@ -161,7 +162,8 @@ def work(
     keep = StoreEmbeddings(store, cfg.model.path, cfg.model.revision, settings_hash(run))
     resume = SlotCheckpoint(stage.folder, cfg.synthesis.checkpoint_every_steps)
     callbacks = [resume, keep, StopWhenTold(resume.ask)]
-    fit = trainer(cfg, stage.folder, "synthesize", callbacks, SeparateRanks, max_epochs=1)
+    at_work = AtWork(stage.name, {"synthesis.slots": cfg.synthesis.slots})
+    fit = trainer(cfg, stage.folder, "synthesize", callbacks, SeparateRanks, at_work=at_work, max_epochs=1)
     rank, world = fit.global_rank, fit.world_size
     missing, unverified = plan.share(rank, world)
     resume.exact = exact_slots(stage.folder, missing, by_id) if world == 1 else None
@@ -172,11 +174,14 @@ def work(
     fit.callbacks.append(progress)  # type: ignore[attr-defined]
     began = time.perf_counter()
     module = optimizer(cfg, mllm, [by_id[id] for id in todo], None if resume.exact is None else resume.exact.width)
-    fit.fit(module, SynthesisDataModule(lambda: module.busy))
+    module.at_work = at_work
+    with at_work.told():
+        fit.fit(module, SynthesisDataModule(lambda: module.busy))
     seconds = time.perf_counter() - began
     if cfg.synthesis.verify:
-        # One process: of all records, so that the batches are those of an attempt that was not interrupted.
-        verify(cfg, mllm, records if world == 1 else [by_id[id] for id in (*missing, *unverified)], store)
+        with AtWork(f"{stage.name}, verification", at_work.lower).told():
+            # One process: of all records, so that the batches are those of an attempt that was not interrupted.
+            verify(cfg, mllm, records if world == 1 else [by_id[id] for id in (*missing, *unverified)], store)
     figures = Part(plan.session, rank, seconds, len(missing), round(peak_memory_mb()), module.loss_by_age)
     leave_part(stage.folder, figures)
     return await_parts(stage.folder, plan.session, world) if rank == 0 else []

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,6 +18,8 @@ from configs.schema import Config, Lora
 from datamodules.micro_pairs import micro_parts
 from datamodules.qa_batches import QuestionTexts, StepDataModule
 from datamodules.qa_pairs import Answer, Part, QAPair, read_pairs, require, split_pairs
+from lightning_modules.detoxifier import DetoxifierTuner
+from lightning_modules.harm_detector import HarmDetector
 from mllm.frozen_layers import freeze_lower
 from stages.runs import Stage
 from stages.strategies import SharedStep
@@ -91,7 +92,7 @@ def steps_of(epochs: float, items: int, batch_size: int) -> int:
 def fit(
     cfg: Config,
     stage: Stage,
-    module: L.LightningModule,
+    module: HarmDetector | DetoxifierTuner,
     data: StepDataModule,
     steps: int,
     every: int,
@@ -105,6 +106,7 @@ def fit(
     names what is learned from, where the stage's settings do not; checkpoints of other data are not gone on from.
     """
     folder = stage.folder / "checkpoints" / part.replace(" ", "_") / learned
+    at_work = module.at_work
     fitting = trainer(
         cfg,
         stage.folder,
@@ -112,6 +114,7 @@ def fit(
         [*checkpoints(folder, every), TrainingProgress(part or stage.name)],
         SharedStep,
         logged=not part,
+        at_work=at_work,
         max_steps=steps,
         max_epochs=-1,
         gradient_clip_val=clip or None,
@@ -122,7 +125,8 @@ def fit(
             f"{stage.name}: a batch has {size} examples, expected one at least for each of {fitting.world_size} "
             "devices; raise batch_size or give more data"
         )
-    fitting.fit(module, data, ckpt_path=last_checkpoint(folder), weights_only=True)
+    with at_work.told():
+        fitting.fit(module, data, ckpt_path=last_checkpoint(folder), weights_only=True)
 
 
 def export(

@@ -27,6 +27,7 @@ from datamodules.qa_batches import QuestionBatches, QuestionTexts, StepDataModul
 from datamodules.qa_pairs import Part, QAPair
 from evaluation.detector_metrics import DetectorMetrics, calibrate
 from evaluation.objective import detector_objective
+from lightning_modules.at_work import AtWork
 from lightning_modules.detector_losses import DetectorLoss
 from lightning_modules.harm_detector import HarmDetector
 from mllm.backbones import backbone_folder, load_classifier, load_headless, load_tokenizer
@@ -122,6 +123,7 @@ def train_classifier(
     d = cfg.detector
     module = detector_module(cfg, model, train, pad_id)
     batches = StepDataModule(QuestionBatches(train, d.batch_size, module.steps, cfg.seed, pad_id))
+    module.at_work = AtWork(stage.name, {"detector.batch_size": d.batch_size})
     with nullcontext() if module.lower is None else module.lower.replaced():
         fit(cfg, stage, module, batches, module.steps, d.checkpoint_every_steps, d.grad_clip)
     return module

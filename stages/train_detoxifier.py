@@ -28,6 +28,7 @@ from datamodules.rewriting import RewriteBatches, Rewriting, encode_rewriting, r
 from evaluation.objective import detoxifier_objective
 from evaluation.rewriting_metrics import numbers, rewriting_metrics
 from evaluation.similarity import SentenceSimilarity
+from lightning_modules.at_work import AtWork
 from lightning_modules.detoxifier import DetoxifierTuner
 from mllm.backbones import backbone_folder, load_causal, load_tokenizer
 from mllm.detector import Detector
@@ -80,6 +81,7 @@ def train_and_export(cfg: Config, run: Run) -> None:
     module = DetoxifierTuner(net.train(), model, steps, d.lr, round(d.warmup * steps), d.weight_decay)
     batches = RewriteBatches(items["train"], d.batch_size, steps, cfg.seed, tokenizer.pad_token_id)
     before = token_nll(cfg, module, items["test"], batches)
+    module.at_work = AtWork(stage.name, {"detoxifier.batch_size": d.batch_size})
     fit(cfg, stage, module, StepDataModule(batches), steps, d.checkpoint_every_steps, d.grad_clip)
     result: dict[str, Any] = {"examples": {part: len(found) for part, found in items.items()}, "steps": steps}
     # By every rank: weights in shards are fetched by all together.

@@ -20,7 +20,9 @@ from callbacks.metrics_file import MetricsFile
 from callbacks.throughput import Throughput
 from callbacks.wandb_run import StageLogger, wandb_run
 from configs.schema import Config
+from lightning_modules.at_work import AtWork
 from stages import ranks
+from stages.failures import current
 from stages.strategies import ShardedStep, SharedStep
 
 # True for us by design, and repeated for every one of a dozen fits.
@@ -32,6 +34,22 @@ _EXPECTED = (
     ".*Couldn't infer the batch indices.*",  # callbacks/generation_writer.py needs none
     ".*`srun` command is available.*",  # a job of one process needs no srun
 )
+
+
+class TellFailures(L.Callback):
+    """At the moment when a fit fails, before Lightning takes it down: that may hang where a connection is broken."""
+
+    def __init__(self, at_work: AtWork) -> None:
+        self.at_work = at_work
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The leader has just started the other processes."""
+        if (failures := current()) is not None:
+            failures.watch()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if (failures := current()) is not None:
+            failures.tell(self.at_work.explained(exception))
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -126,6 +144,7 @@ def trainer(
     logged: bool = True,
     part: str = "",
     precision: str | None = None,
+    at_work: AtWork | None = None,
     **arguments: Any,
 ) -> L.Trainer:
     """A trainer that knows its rank and the number of ranks; `fit` starts the other processes.
@@ -135,6 +154,7 @@ def trainer(
         logged: with the loggers of the configuration.
         part: of a stage that fits several times: a name for the folder of this fit's curve.
         precision: in place of `trainer.precision`.
+        at_work: what is told where memory does not suffice; also to be set as the module's own.
         arguments: go to `lightning.Trainer` as they are (max_steps, max_epochs, ...).
 
     Raises:
@@ -156,7 +176,11 @@ def trainer(
         deterministic=t.deterministic,
         log_every_n_steps=t.log_every_n_steps,
         logger=loggers(cfg, folder, name, part) if logged else False,
-        callbacks=[*callbacks, *([Throughput()] if cfg.callbacks.throughput else [])],
+        callbacks=[
+            *callbacks,
+            *([Throughput()] if cfg.callbacks.throughput else []),
+            TellFailures(at_work or AtWork(name)),
+        ],
         plugins=[AtomicCheckpoints(), *launched_by()],
         enable_progress_bar=False,
         enable_model_summary=False,
