@@ -128,7 +128,7 @@ def server(place: Path) -> WandbServer:
             signalled.append(run.name)
             send(run, signal.SIGSTOP)  # until the agent has heard that it is to be stopped
             config = {key: {"value": value} for key, value in server.given["trial0"].items()}
-            best = {"state": "finished", "config": config, "history": [{"objective/sea_dpo": 1.5}] * 100}
+            best = {"state": "finished", "config": config, "sampledHistory": [{"objective/sea_dpo": 1.5}] * 100}
             server.known = [{"name": f"best{i}", **best} for i in range(5)]  # the better half is theirs
         return False
 
