@@ -124,7 +124,7 @@ def server(place: Path) -> WandbServer:
         if run.name == "trial0" and len(objectives(run)) >= 2 and run.name not in signalled:
             signalled.append(run.name)
             send(run, signal.SIGUSR1)
-        if run.name == "trial1" and objectives(run) and run.name not in signalled:
+        if run.name == "trial1" and len(objectives(run)) >= 2 and run.name not in signalled:
             signalled.append(run.name)
             send(run, signal.SIGSTOP)  # until the agent has heard that it is to be stopped
             config = {key: {"value": value} for key, value in server.given["trial0"].items()}
@@ -162,7 +162,7 @@ def test_the_agents_trial_is_told_to_make_room_and_goes_on_as_the_same_run(serve
 def test_a_pruned_trial_has_saved_its_work_and_ends_with_143(server: WandbServer, place: Path) -> None:
     run = server.runs["trial1"]
     assert (run.exit_codes, run.state) == ([143], "failed")
-    assert 1 <= len(objectives(run)) < 12 + 1
+    assert 2 <= len(objectives(run)) < 12 + 1
     folder = place / "runs" / "sea_image" / f"sweep-{SWEEP}-trial1"
     assert (folder / "align" / "sea_dpo" / "checkpoints" / "last.ckpt").exists()
     assert not (folder / "report.json").exists()
