@@ -173,11 +173,11 @@ def test_artifacts_lead_from_the_report_back_to_the_store(server: WandbServer) -
     kinds = {server.artifacts[id]["type"] for id in run.logged}
     assert {"embedding-store", "adapter", "run_table"} <= kinds
     (store,) = (id for id in run.logged if id.startswith("store-micro_llava@"))
-    adapters = {id for id in run.logged if id.startswith("adapter-micro_llava@")}
-    assert len(adapters) == 2
-    assert {store, *adapters} <= set(run.used)
-    made_from = [json.loads(server.artifacts[id]["metadata"]).get("store") for id in adapters]
-    assert sorted(made_from, key=str) == [None, store]
+    about = {id: json.loads(server.artifacts[id]["metadata"]) for id in run.logged if id.startswith("adapter-")}
+    adapters = {found["variant"]: id for id, found in about.items()}
+    assert set(adapters) == {"text_sft", "sea_dpo"}
+    assert set(run.used) == {store, adapters["sea_dpo"]}  # the one that is evaluated
+    assert (about[adapters["sea_dpo"]]["store"], about[adapters["text_sft"]].get("store")) == (store, None)
 
 
 @pytest.fixture(scope="module")
