@@ -19,7 +19,9 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 # A launcher's variables in the caller's shell (an interactive SLURM job) would change who leads a run.
-for name in [n for n in os.environ if n.startswith(("SLURM_", "TORCHELASTIC_", "SEAWALL_"))]:
+for name in [
+    n for n in os.environ if n.startswith(("SLURM_", "TORCHELASTIC_", "SEAWALL_", "WANDB_SWEEP_", "WANDB_RUN_ID"))
+]:
     del os.environ[name]
 
 ROOT = Path(__file__).resolve().parent.parent

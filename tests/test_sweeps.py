@@ -19,6 +19,7 @@ import train
 from configs.compose import ConfigError, compose, last_wins
 from configs.keys import find, leaves
 from evaluation.objective import report_objectives
+from mllm.minilm import minilm_folder
 from tests.wandb_server import PROJECT, SWEEP, SeenRun, WandbServer, inspected
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,11 +125,11 @@ def server(place: Path) -> WandbServer:
         if run.name == "trial0" and len(objectives(run)) >= 2 and run.name not in signalled:
             signalled.append(run.name)
             send(run, signal.SIGUSR1)
-        if run.name == "trial1" and objectives(run) and run.name not in signalled:
+        if run.name == "trial1" and len(objectives(run)) >= 2 and run.name not in signalled:
             signalled.append(run.name)
             send(run, signal.SIGSTOP)  # until the agent has heard that it is to be stopped
             config = {key: {"value": value} for key, value in server.given["trial0"].items()}
-            best = {"state": "finished", "config": config, "history": [{"objective/sea_dpo": 1.5}] * 100}
+            best = {"state": "finished", "config": config, "sampledHistory": [{"objective/sea_dpo": 1.5}] * 100}
             server.known = [{"name": f"best{i}", **best} for i in range(5)]  # the better half is theirs
         return False
 
@@ -162,7 +163,7 @@ def test_the_agents_trial_is_told_to_make_room_and_goes_on_as_the_same_run(serve
 def test_a_pruned_trial_has_saved_its_work_and_ends_with_143(server: WandbServer, place: Path) -> None:
     run = server.runs["trial1"]
     assert (run.exit_codes, run.state) == ([143], "failed")
-    assert 1 <= len(objectives(run)) < 12 + 1
+    assert 2 <= len(objectives(run)) < 12 + 1
     folder = place / "runs" / "sea_image" / f"sweep-{SWEEP}-trial1"
     assert (folder / "align" / "sea_dpo" / "checkpoints" / "last.ckpt").exists()
     assert not (folder / "report.json").exists()
@@ -173,11 +174,11 @@ def test_artifacts_lead_from_the_report_back_to_the_store(server: WandbServer) -
     kinds = {server.artifacts[id]["type"] for id in run.logged}
     assert {"embedding-store", "adapter", "run_table"} <= kinds
     (store,) = (id for id in run.logged if id.startswith("store-micro_llava@"))
-    adapters = {id for id in run.logged if id.startswith("adapter-micro_llava@")}
-    assert len(adapters) == 2
-    assert {store, *adapters} <= set(run.used)
-    made_from = [json.loads(server.artifacts[id]["metadata"]).get("store") for id in adapters]
-    assert sorted(made_from, key=str) == [None, store]
+    about = {id: json.loads(server.artifacts[id]["metadata"]) for id in run.logged if id.startswith("adapter-")}
+    adapters = {found["variant"]: id for id, found in about.items()}
+    assert set(adapters) == {"text_sft", "sea_dpo"}
+    assert set(run.used) == {store, adapters["sea_dpo"]}  # the one that is evaluated
+    assert (about[adapters["sea_dpo"]]["store"], about[adapters["text_sft"]].get("store")) == (store, None)
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +251,15 @@ def test_the_table_of_metrics_is_what_is_logged(server: WandbServer, guards: set
     assert "tower/loss" in (ROOT / "lightning_modules" / "micro_tower.py").read_text()
 
 
+def similarity_is_there() -> bool:
+    """`make minilm` has fetched the sentence encoder that rewritten answers are measured by."""
+    try:
+        minilm_folder()
+    except ValueError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="module")
 def guards(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Names that training and measuring detector and detoxifier log, offline."""
@@ -258,7 +268,8 @@ def guards(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     words = ["experiment=harm_detector_micro", f"run_dir={folder / 'd'}", "detector.epochs=0.05", *common]
     assert train.main(words) == 0
     detector = folder / "d" / "train_detector" / "detector"
-    rewriting = ["detoxifier.epochs=0.05", "detoxifier.evaluate=4", "detoxifier.max_new_tokens=8"]
+    measured = similarity_is_there()
+    rewriting = ["detoxifier.epochs=0.05", "detoxifier.max_new_tokens=8", f"detoxifier.evaluate={4 * measured}"]
     words = ["experiment=detoxifier_micro", f"run_dir={folder / 'x'}", f"detoxifier.detector={detector}", *rewriting]
     assert train.main([*words, *common]) == 0
     names: set[str] = set()
@@ -268,5 +279,6 @@ def guards(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         assert [r["exit"]["exit_code"] for r in records if r["type"] == "exit"] == [0]
         kinds = {r["artifact"]["type"] for r in records if r["type"] == "artifact"}
         assert kinds == {"detector" if run.parents[1].name == "d" else "detoxifier"}
-    assert {"objective/detector", "objective/detoxifier"} <= names
+    assert "objective/detector" in names
+    assert ("objective/detoxifier" in names) == measured
     return names

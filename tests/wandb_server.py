@@ -276,8 +276,8 @@ class WandbServer:
                 name=name,
                 state="running" if name in alive else self.runs[name].state if name in self.runs else "failed",
                 config={key: {"value": value} for key, value in config.items()},
-                history=self.runs[name].history if name in self.runs else [],
-                summary_metrics=self.runs[name].summary if name in self.runs else {},
+                sampledHistory=self.runs[name].history if name in self.runs else [],
+                summaryMetrics=self.runs[name].summary if name in self.runs else {},
             )
             for name, config in self.given.items()
         ]

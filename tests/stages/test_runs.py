@@ -202,6 +202,20 @@ def test_run_without_a_name_is_always_a_new_one(tmp_path: Path, monkeypatch: pyt
     assert {p.parent for p in paths} == {tmp_path / "runs" / "test"}
 
 
+def test_trials_of_a_sweep_have_folders_of_their_own_also_inside_one_slurm_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    for trial in ("t1", "t2", "t1"):
+        monkeypatch.setenv("WANDB_RUN_ID", trial)
+        with Run(Config(experiment="test")) as run:
+            assert run.path == tmp_path / "runs" / "test" / f"sweep-abc-{trial}"
+    with Run(Config(experiment="test", run="mine")) as run:
+        assert run.path.name == "mine"
+
+
 def test_run_is_named_after_the_slurm_job_so_that_a_requeue_finds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
