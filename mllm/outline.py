@@ -85,7 +85,7 @@ def outline(spec: Model) -> Outline:
     try:
         with _shallow(model) as lists:
             shapes, seen = _observed(model, spec, inputs)
-    except (ValueError, IndexError, RuntimeError):  # a projector reads a deeper layer
+    except (ValueError, IndexError, RuntimeError, TypeError):  # a projector reads a deeper layer
         lists, (shapes, seen) = {}, _observed(model, spec, inputs)
     cut = [f"{path}.{i}" for path, n in lists.items() for i in range(SHALLOW, n) if f"{path}.0" in seen]
     encoder = (*seen, *cut)
