@@ -146,7 +146,8 @@ def _media_tokens(spec: Model, config: Any, ids: Tensor) -> tuple[frozenset[int]
     return found, int(torch.isin(ids, torch.tensor(sorted(found), dtype=torch.long)).sum())
 
 
-SHALLOW = 3
+SHALLOW, LARGE = 3, 500_000_000
+"""Layers that are run of an encoder with more weights than that: all of it would take minutes on a CPU."""
 
 
 @contextlib.contextmanager
@@ -155,7 +156,8 @@ def _shallow(model: Any) -> Iterator[dict[str, int]]:
     Gives {path: number of layers} of those that were cut."""
     decoder = {id(m) for m in model.get_decoder().modules()}
     long = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and id(m) not in decoder}
-    long = {name: module for name, module in long.items() if len(module) > SHALLOW and "." in name}
+    large = sum(p.numel() for m in long.values() for p in m.parameters()) > LARGE
+    long = {name: module for name, module in long.items() if large and len(module) > SHALLOW and "." in name}
     try:
         for name, module in long.items():
             parent, _, last = name.rpartition(".")
