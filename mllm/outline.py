@@ -82,7 +82,13 @@ def outline(spec: Model) -> Outline:
     prompts = PromptEncoder(processor, spec.modality, blank, end_ids(model, processor), spec.system_prompt)
     inputs = prompts.blank_inputs(spec.prompts.style.format(modality=spec.modality))
     media_ids, tokens = _media_tokens(spec, config, inputs["input_ids"][0])
-    shapes, encoder = _observed(model, spec, inputs)
+    try:
+        with _shallow(model) as lists:
+            shapes, seen = _observed(model, spec, inputs)
+    except (ValueError, IndexError, RuntimeError, TypeError):  # a projector reads a deeper layer
+        lists, (shapes, seen) = {}, _observed(model, spec, inputs)
+    cut = [f"{path}.{i}" for path, n in lists.items() for i in range(SHALLOW, n) if f"{path}.0" in seen]
+    encoder = (*seen, *cut)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return Outline(model, mode, prompts, spec, shapes, encoder, media_ids, tokens)
 
@@ -138,6 +144,29 @@ def _media_tokens(spec: Model, config: Any, ids: Tensor) -> tuple[frozenset[int]
     named = {value for name, value in vars(config).items() if name in names and isinstance(value, int)}
     found = frozenset(named & set(ids.tolist()))
     return found, int(torch.isin(ids, torch.tensor(sorted(found), dtype=torch.long)).sum())
+
+
+SHALLOW, LARGE = 3, 500_000_000
+"""Layers that are run of an encoder with more weights than that: all of it would take minutes on a CPU."""
+
+
+@contextlib.contextmanager
+def _shallow(model: Any) -> Iterator[dict[str, int]]:
+    """Inside, lists of layers outside of the decoder have three: what a layer puts out has the shape of what it reads.
+    Gives {path: number of layers} of those that were cut."""
+    decoder = {id(m) for m in model.get_decoder().modules()}
+    long = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and id(m) not in decoder}
+    large = sum(p.numel() for m in long.values() for p in m.parameters()) > LARGE
+    long = {name: module for name, module in long.items() if large and len(module) > SHALLOW and "." in name}
+    try:
+        for name, module in long.items():
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, module[:SHALLOW])
+        yield {name: len(module) for name, module in long.items()}
+    finally:
+        for name, module in long.items():
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, module)
 
 
 class _Reached(Exception):

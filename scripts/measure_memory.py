@@ -44,7 +44,7 @@ def measured(action: Callable[[], Any], weights: int) -> int:
 
 def compare(words: list[str], steps: int = 4) -> list[tuple[str, int, int]]:
     """(stage, expected, measured) of each stage of the run that the words describe."""
-    given = compose([*FEW, *words]).config
+    given = compose(last_wins(*FEW, *words)).config
     few = [f"variants.{name}.steps={steps}" for name in given.align.variants]
     with tempfile.TemporaryDirectory() as folder:
         words = last_wins(*FEW, *few, *words, f"run_dir={Path(folder) / 'run'}")

@@ -148,10 +148,11 @@ def _fitted(place: Place, n: int, need_of: Callable[[int], Need]) -> Row:
     need, room = need_of(n), place.there - beside(place)
     if need.peak <= room:
         return Row(need, None)
-    while n > 1:
-        n //= 2
-        if (smaller := need_of(n)).peak <= room:
-            return Row(need, (n, smaller))
+    smaller = n
+    while smaller > 1:
+        smaller //= 2
+        if need.weights + need.kept + need.rest * smaller // n <= room:  # what a batch takes grows with its size
+            return Row(need, (smaller, need_of(smaller)))
     return Row(need, None)
 
 

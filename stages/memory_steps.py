@@ -9,7 +9,8 @@ one at work, the next one on its way, and the buffer that it comes in).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from mllm.live_bytes import LiveBytes, bytes_of
 from mllm.outline import Outline, faked
 from mllm.rehearsal import generated, logits_of
 
+FEW = (3, 5)
 ADAM = 2
 """Moments that AdamW keeps of each trained weight."""
 
@@ -66,34 +68,37 @@ class AlignStep:
 def synthesis(outline: Outline, cfg: Config, items: Sequence[Item]) -> Need:
     """One step of all slots."""
     s, S = cfg.synthesis, len(items)
-    with rehearsing(outline, outline.model, cfg.trainer.precision) as live:
-        values = {
-            path: nn.Parameter(torch.empty(S, *shape, dtype=torch.float32)) for path, shape in outline.shapes.items()
-        }
-        second: Any = s.second_moment
-        optimizer = SlotAdam(
-            list(values.values()), [1.0] * len(values), s.lr, tuple(s.betas), second_moment=second, common=s.common
-        )
-        kept = 3 * sum(p.numel() * p.element_size() for p in values.values())  # gradient and moments, of E too
-        live.reset()
-        for _ in range(2):  # the second step has the state of the first
-            rows = {}
-            for path, p in values.items():
-                chosen = p + s.noise * torch.stack([torch.empty_like(p[0]) for _ in range(S)]) if s.noise else p
-                rows[path] = chosen.flatten(0, 1)
-            optimizer.zero_grad(set_to_none=True)
-            out = logits_of(outline, items, "packed" if s.shared_prefix else "plain", rows)
-            state = slot_losses(out, S, s.style_weight, s.margin)
-            state.loss.sum().backward()
-            del out, state, rows
-            optimizer.step()
-        peak = live.peak
-    weights = outline.weight_bytes()
-    trained = sum(p.numel() for p in values.values())
+    second: Any = s.second_moment
+
+    def step() -> int:
+        with rehearsing(outline, outline.model, cfg.trainer.precision) as live:
+            values = {
+                path: nn.Parameter(torch.empty(S, *shape, dtype=torch.float32))
+                for path, shape in outline.shapes.items()
+            }
+            optimizer = SlotAdam(
+                list(values.values()), [1.0] * len(values), s.lr, tuple(s.betas), second_moment=second, common=s.common
+            )
+            live.reset()
+            for _ in range(2):  # the second step has the state of the first
+                rows = {}
+                for path, p in values.items():
+                    noise = s.noise * torch.stack([torch.empty_like(p[0]) for _ in range(S)]) if s.noise else None
+                    rows[path] = (p if noise is None else p + noise).flatten(0, 1)
+                optimizer.zero_grad(set_to_none=True)
+                out = logits_of(outline, items, "packed" if s.shared_prefix else "plain", rows)
+                state = slot_losses(out, S, s.style_weight, s.margin)
+                state.loss.sum().backward()
+                del out, state, rows
+                optimizer.step()
+            return live.peak
+
+    peak = over_layers(outline, step)
+    trained = S * sum(math.prod(shape) for shape in outline.shapes.values())
+    weights, kept = outline.weight_bytes(), 3 * 4 * trained  # gradient and moments in float32
     batch = f"{S} slots of {_longest(items)} tokens"
-    return Need(
-        "synthesize", outline.parameters(), trained, weights, kept, peak - weights - kept, batch, ("synthesis.slots", S)
-    )
+    rest = peak - weights - kept
+    return Need("synthesize", outline.parameters(), trained, weights, kept, rest, batch, ("synthesis.slots", S))
 
 
 def alignment(outline: Outline, cfg: Config, name: str, step: AlignStep) -> Need:
@@ -104,7 +109,8 @@ def alignment(outline: Outline, cfg: Config, name: str, step: AlignStep) -> Need
     model.train()
     if cfg.trainer.precision == "bf16-true":
         model.to(torch.bfloat16)
-    try:
+
+    def run() -> int:
         with rehearsing(outline, model, cfg.trainer.precision) as live:
             trained = [p for p in model.parameters() if p.requires_grad]
             moments = [torch.zeros_like(p) for p in trained for _ in range(ADAM)]
@@ -114,11 +120,14 @@ def alignment(outline: Outline, cfg: Config, name: str, step: AlignStep) -> Need
                 for _ in range(min(2, step.parts) if items else 0):  # from the second on there are gradients
                     _micro_batch(outline, model, variant, items, items is step.with_media, cfg)
             _optimiser_step(trained, moments)
-            peak = live.peak
             del stored
+            return live.peak
+
+    try:
+        peak = over_layers(outline, run)
         weights = bytes_of([*model.parameters(), *model.buffers()])
-        grads = sum(p.numel() * p.element_size() for p in trained)
-        count = sum(p.numel() for p in trained)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        grads, count = sum(p.numel() * p.element_size() for p in trained), sum(p.numel() for p in trained)
     finally:
         if isinstance(model, PeftModel):
             model.unload()
@@ -126,17 +135,21 @@ def alignment(outline: Outline, cfg: Config, name: str, step: AlignStep) -> Need
     kept = grads + ADAM * grads
     largest = max((step.with_media, step.text), key=lambda items: len(items) * _longest(items))
     batch = f"{len(largest)} examples of {_longest(largest)} tokens"
-    lower = (f"variants.{name}.micro_batch_size", len(largest))
+    lower = (f"variants.{name}.micro_batch_size", variant.micro_batch_size)
     return Need(f"align/{name}", parameters, count, weights, kept, peak - weights - kept, batch, lower)
 
 
 def evaluation(outline: Outline, cfg: Config, prompt: int, batch: int) -> Need:
     """Answers to one batch of prompts; the encoder's own work is not in it."""
     new = cfg.evaluate.max_new_tokens
-    with rehearsing(outline, outline.model, "32-true") as live:
-        live.reset()
-        generated(outline, batch, prompt, new)
-        peak = live.peak
+
+    def run() -> int:
+        with rehearsing(outline, outline.model, "32-true") as live:
+            live.reset()
+            generated(outline, batch, prompt, new)
+            return live.peak
+
+    peak = over_layers(outline, run)
     weights = outline.weight_bytes()
     words = f"{batch} prompts of {prompt} + {new} tokens"
     return Need("evaluate", outline.parameters(), 0, weights, 0, peak - weights, words, ("evaluate.batch_size", batch))
@@ -154,6 +167,23 @@ def sharded(need: Need, outline: Outline, ranks: int, full: bool) -> Need:
     kept = need.kept // ranks if full else need.kept
     gradients = (bytes_of(outside) + 2 * layer) if full else 0
     return replace(need, weights=need.weights - cut + cut // ranks, kept=kept, rest=need.rest + fetched + gradients)
+
+
+def over_layers(outline: Outline, run: Callable[[], int]) -> int:
+    """The peak with all layers of the decoder: of many, from runs with `FEW` of them, for every further layer adds the
+    same weights and keeps the same for the backward pass."""
+    decoder = outline.model.get_decoder()
+    layers, (few, more) = decoder.layers, FEW
+    if len(layers) <= more + 1:
+        return run()
+    found = []
+    for n in FEW:
+        decoder.layers = layers[:n]
+        try:
+            found.append(run())
+        finally:
+            decoder.layers = layers
+    return found[1] + (found[1] - found[0]) * (len(layers) - more) // (more - few)
 
 
 @contextlib.contextmanager
