@@ -77,7 +77,12 @@ def synthesis(outline: Outline, cfg: Config, items: Sequence[Item]) -> Need:
                 for path, shape in outline.shapes.items()
             }
             optimizer = SlotAdam(
-                list(values.values()), [1.0] * len(values), s.lr, tuple(s.betas), second_moment=second, common=s.common
+                list(values.values()),
+                [1.0] * len(values),
+                s.lr,
+                (s.betas[0], s.betas[1]),
+                second_moment=second,
+                common=s.common,
             )
             live.reset()
             for _ in range(2):  # the second step has the state of the first
