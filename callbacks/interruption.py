@@ -20,7 +20,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -159,7 +159,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def random_state() -> dict[str, Any]:
     """Of all generators that a step may draw from (dropout), as values that torch.load(weights_only=True) takes."""
-    name, keys, *rest = np.random.get_state(legacy=True)
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

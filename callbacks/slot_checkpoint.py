@@ -76,8 +76,9 @@ class SlotCheckpoint(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, EmbeddingOptimizer)
         if self.exact is not None and self.exact.launch is not None:
-            pl_module.restore_launch(_adam(trainer), *self.exact)
-            self.first = self.step = self.exact.launch["step"]
+            tensors, table, launch = self.exact.tensors, self.exact.table, self.exact.launch
+            pl_module.restore_launch(_adam(trainer), tensors, table, launch)
+            self.first = self.step = launch["step"]
             trainer.fit_loop.epoch_loop._batches_that_stepped = self.first  # what loggers take for the step
         elif (self.folder / GATHERED).exists():
             tensors, table, _ = _read(self.folder / GATHERED)
