@@ -21,6 +21,7 @@ from mllm.items import Item
 from mllm.outline import Outline
 from mllm.packing import Rows, packed_rows, plain_rows
 from mllm.prefix_layout import PrefixLayout
+from mllm.recomputing import checkpointing_layers, recomputes
 
 Form = Literal["packed", "plain"]
 
@@ -93,7 +94,7 @@ def generated(outline: Outline, batch: int, prompt: int, new: int, autograd: boo
 def _last_mlp_at(base: Any, shape: tuple[int, int], targets: int) -> Iterator[None]:
     """As `BranchForward`: the last layer's MLP works on the places that predict a target alone."""
     module = last_mlp(base)
-    if module is None:
+    if module is None or recomputes(checkpointing_layers(base)):
         yield
         return
     places, size = torch.arange(targets), shape[0] * shape[1]

@@ -74,6 +74,9 @@ def compare(words: list[str], steps: int = 4) -> list[tuple[str, int, int]]:
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return
     for stage, expected, peak in compare(sys.argv[1:]):
         print(f"{stage:18} expected {size(expected):>10}  measured {size(peak):>10}  ratio {expected / peak:.2f}")
 

@@ -111,8 +111,9 @@ def page(cfg: Config, place: Place, rows: Sequence[Row]) -> list[str]:
     if not bad:
         lines.append("everything fits")
     for row in bad:
+        may_help = bool(row.need.trained) and row.need.stage != "synthesize" and not t.activation_checkpointing
         lines.append(f"does not fit: {row.need.stage} needs {size(row.need.peak + beside(place))}, there are ")
-        lines[-1] += f"{size(place.there)}; {_mended(row, place)}"
+        lines[-1] += f"{size(place.there)}; {_mended(row, place, may_help)}"
     skipped = [s for s in cfg.stages if s not in PLANNED]
     if skipped:
         lines.append(f"no plan for the stages {', '.join(skipped)}")
@@ -156,10 +157,11 @@ def _fitted(place: Place, n: int, need_of: Callable[[int], Need]) -> Row:
     return Row(need, None)
 
 
-def _mended(row: Row, place: Place) -> str:
+def _mended(row: Row, place: Place, recomputing_may_help: bool) -> str:
     if row.fits is not None and row.need.lower is not None:
         n, smaller = row.fits
         key, value = row.need.lower
-        return f"lower {key}={value} to {n} ({size(smaller.peak + beside(place))})"
+        words = f"lower {key}={value} to {n} ({size(smaller.peak + beside(place))})"
+        return words + (", or try trainer.activation_checkpointing=true" if recomputing_may_help else "")
     at = f" even with {row.need.lower[0]}=1" if row.need.lower is not None else ""
     return f"it does not{at}: take model.dtype=bfloat16, trainer=fsdp2 on more devices (align), or a larger device"

@@ -26,6 +26,7 @@ from lightning_modules.slots import SlotAdam
 from mllm.items import Item
 from mllm.live_bytes import LiveBytes, bytes_of
 from mllm.outline import Outline, faked
+from mllm.recomputing import recompute_activations
 from mllm.rehearsal import generated, logits_of
 
 FEW = (3, 5)
@@ -112,6 +113,8 @@ def alignment(outline: Outline, cfg: Config, name: str, step: AlignStep) -> Need
     parameters = outline.parameters()
     model = made_trainable(outline.model, outline.spec, outline.encoder, variant)
     model.train()
+    if cfg.trainer.activation_checkpointing:
+        recompute_activations(model)
     if cfg.trainer.precision == "bf16-true":
         model.to(torch.bfloat16)
 
@@ -136,6 +139,8 @@ def alignment(outline: Outline, cfg: Config, name: str, step: AlignStep) -> Need
     finally:
         if isinstance(model, PeftModel):
             model.unload()
+        if cfg.trainer.activation_checkpointing:
+            outline.model.activation_checkpointing_disable()
         outline.model.requires_grad_(False)
     kept = grads + ADAM * grads
     largest = max((step.with_media, step.text), key=lambda items: len(items) * _longest(items))
