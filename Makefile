@@ -27,7 +27,7 @@ $(STAMP): setup.cfg pyproject.toml
 	@$(BIN)/python -m pip install -qq -e ".[dev]"
 	@touch $(STAMP)
 
-demo: $(STAMP) ## run the experiment on the embedded model, end to end (MODALITY=image, video or audio; 5 to 17 minutes)
+demo: $(STAMP) ## run the experiment on the embedded model, end to end (MODALITY=image, video or audio; 5 to 10 minutes)
 	$(BIN)/python train.py experiment=sea_$(MODALITY) $(ARGS)
 
 test: $(STAMP) ## run the tests (ARGS="-k name" picks)

@@ -37,13 +37,13 @@ def check(cfg: Config, paths: bool = True) -> None:
     for name in cfg.align.variants:
         if name not in cfg.variants:
             raise ValueError(f"align.variants: got {name!r}, {nearest(name, cfg.variants)}")
-    known = ["base", *cfg.variants]
+    taken = ["base", *cfg.align.variants]  # of others in `variants` nothing is made here: their names are free
     for name in cfg.evaluate.adapters:
-        if name in known or not re.fullmatch(r"[A-Za-z][\w-]*", name):  # it names files and rows of the report
+        if name in taken or not re.fullmatch(r"[A-Za-z][\w-]*", name):  # it names files and rows of the report
             raise ValueError(
                 f"evaluate.adapters: {name!r} is taken or is no name; give a new one (letters, digits, _ -)"
             )
-    known += cfg.evaluate.adapters
+    known = ["base", *cfg.variants, *cfg.evaluate.adapters]
     for name in cfg.evaluate.variants or []:
         if name not in known:
             raise ValueError(f"evaluate.variants: got {name!r}, {nearest(name, known)}")

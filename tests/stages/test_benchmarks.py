@@ -78,27 +78,27 @@ def test_scenario_by_task_with_pooled_rate_and_unweighted_mean(bench: Path, tmp_
 def test_an_adapter_is_evaluated_beside_the_base_and_counts_by_content(
     bench: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = f"evaluate.adapters={{mine: {adapter}}}"
+    given = f"evaluate.adapters={{sea_dpo: {adapter}}}"
     assert start(tmp_path / "run", bench, given, "evaluate.tasks=[sd]") == 0
     answers = {
         name: [json.loads(line)["answer"] for line in (tmp_path / f"run/evaluate/generations/{name}.jsonl").open()]
-        for name in ("base", "mine")
+        for name in ("base", "sea_dpo")
     }
-    assert len(answers["mine"]) == 6
-    assert answers["mine"] != answers["base"]
+    assert len(answers["sea_dpo"]) == 6
+    assert answers["sea_dpo"] != answers["base"]
     moved = tmp_path / "moved"
     moved.mkdir()
     for path in adapter.iterdir():
         (moved / path.name).write_bytes(path.read_bytes())
     files = sorted((tmp_path / "run" / "evaluate" / "generations").glob("*.jsonl"))
     before = [path.stat().st_mtime_ns for path in files]
-    assert start(tmp_path / "run", bench, f"evaluate.adapters={{mine: {moved}}}", "evaluate.tasks=[sd]") == 0
+    assert start(tmp_path / "run", bench, f"evaluate.adapters={{sea_dpo: {moved}}}", "evaluate.tasks=[sd]") == 0
     assert [path.stat().st_mtime_ns for path in files] == before
     data = bytearray((moved / "adapter_model.safetensors").read_bytes())
     data[-1] ^= 1
     (moved / "adapter_model.safetensors").write_bytes(bytes(data))
-    assert start(tmp_path / "run", bench, f"evaluate.adapters={{mine: {moved}}}", "evaluate.tasks=[sd]") == 1
-    assert "evaluate.adapters.mine (sha256)" in capsys.readouterr().err
+    assert start(tmp_path / "run", bench, f"evaluate.adapters={{sea_dpo: {moved}}}", "evaluate.tasks=[sd]") == 1
+    assert "evaluate.adapters.sea_dpo (sha256)" in capsys.readouterr().err
 
 
 def test_adapters_that_cannot_be_used_are_told_before_anything_starts(
@@ -116,8 +116,9 @@ def test_adapters_that_cannot_be_used_are_told_before_anything_starts(
     assert f"did you mean {adapter}?" in told(f"evaluate.adapters={{x: {adapter.parent}}}")
     assert "evaluate.adapters.x: " in told("evaluate.adapters={x: none/there}")
     assert "'base' is taken" in told(f"evaluate.adapters={{base: {adapter}}}")
+    assert "'sea_dpo' is taken" in told(f"evaluate.adapters={{sea_dpo: {adapter}}}", "align.variants=[sea_dpo]")
     assert "evaluate.variants: got 'yours'" in told(
-        f"evaluate.adapters={{mine: {adapter}}}", "evaluate.variants=[yours]"
+        f"evaluate.adapters={{sea_dpo: {adapter}}}", "evaluate.variants=[yours]"
     )
 
 
