@@ -184,6 +184,8 @@ def main() -> int:
     signals = args.signals.split(",")
     if unknown := [*(n for n in names if n not in TRIALS), *(s for s in signals if s not in SIGNALS)]:
         parser.error(f"{unknown[0]} is neither a trial ({', '.join(TRIALS)}) nor a signal ({', '.join(SIGNALS)})")
+    if args.keep is not None and args.keep.is_dir() and any(args.keep.iterdir()):
+        parser.error(f"--keep {args.keep}: there is something in it, expected a new or an empty folder")
     for stage in STAGES:
         importlib.import_module(f"stages.{stage}")
     with contextlib.ExitStack() as stack:
