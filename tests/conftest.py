@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,10 @@ for name in [
     n for n in os.environ if n.startswith(("SLURM_", "TORCHELASTIC_", "SEAWALL_", "WANDB_SWEEP_", "WANDB_RUN_ID"))
 ]:
     del os.environ[name]
+
+# A shell's background job ignores Ctrl-C, and what it starts would too: tests that send it need it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 
