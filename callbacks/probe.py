@@ -16,6 +16,7 @@ import torch
 from datamodules.prompt_batches import PromptBatches
 from evaluation.objective import answers_objective
 from evaluation.rows import GenerationRow
+from lightning_modules.at_work import AtWork
 from mllm.generate import answer
 from mllm.loading import MLLM
 
@@ -31,6 +32,7 @@ class Probe(L.Callback):
         batches: prompts and media, the same each time. Every rank asks all of them.
         every: optimiser steps between two probes.
         patience: training ends after so many probes in turn without a better objective; None: never.
+        batch_size: `evaluate.batch_size`, which is told if memory does not suffice.
     """
 
     def __init__(
@@ -41,7 +43,9 @@ class Probe(L.Callback):
         every: int,
         max_new_tokens: int,
         patience: int | None = None,
+        batch_size: int = 1,
     ) -> None:
+        self.batch_size = batch_size
         self.name, self.mllm, self.batches, self.every = name, mllm, batches, every
         self.max_new_tokens, self.patience = max_new_tokens, patience
         self.best, self.since, self.last = -1.0, 0, 0
@@ -61,9 +65,11 @@ class Probe(L.Callback):
         step = trainer.global_step
         if step % self.every or step == self.last:
             return
-        found = answers_objective(self.ask(pl_module))
+        with AtWork(f"{self.name}, probe after {step} steps", {"evaluate.batch_size": self.batch_size}).told():
+            found = answers_objective(self.ask(pl_module))
         for logger in trainer.loggers:
-            logger.log_metrics({f"probe/{name}": value for name, value in found.items()}, step=step)
+            # Under the number of the batch, as the fit's own rows: a resumed fit takes back those of later batches.
+            logger.log_metrics({f"probe/{name}": value for name, value in found.items()}, step=step - 1)
         told = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
         log.info("%s after %d steps: %s", self.name, step, told)
         self.last = step

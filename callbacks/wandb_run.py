@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +55,8 @@ def wandb_run(cfg: Config, folder: Path) -> Run:
     sweep = sweep_run()
     place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]  # folders elsewhere may have this name
     name = f"{cfg.experiment}-{folder.name}"
-    identity = f"{name[-50:]}-{place}" if sweep is None else os.environ["WANDB_RUN_ID"]
+    plain = re.sub(r"[:;,#?/\s]", "_", name[-50:])  # what wandb refuses
+    identity = f"{plain}-{place}" if sweep is None else os.environ["WANDB_RUN_ID"]
     if wandb.run is not None:
         if wandb.run.id == identity:
             return wandb.run

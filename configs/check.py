@@ -47,6 +47,8 @@ def check(cfg: Config, paths: bool = True) -> None:
     for name in cfg.evaluate.variants or []:
         if name not in known:
             raise ValueError(f"evaluate.variants: got {name!r}, {nearest(name, known)}")
+    if cfg.trainer.precision == "16-mixed" and "align" in cfg.stages:  # nobody unscales its gradients
+        raise ValueError("trainer.precision=16-mixed: the stage align does not take it; set bf16-mixed or 32-true")
     _check_probes(cfg)
     _check_shard(cfg)
     if cfg.judge.max_cost is not None and None in (cfg.judge.price_in, cfg.judge.price_out):

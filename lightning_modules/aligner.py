@@ -121,7 +121,9 @@ class Aligner(L.LightningModule, ABC):
             for key, value in sums.items():
                 logs[key] = logs.get(key, 0.0) + value
         if self.attack_radius:
-            logs.setdefault("attacked_loss", math.nan)  # or Lightning logs the last batch's again
+            # A rank without media adds nothing. NaN if no rank attacks, or Lightning logs the last batch's again.
+            media = len(batch.media) if batch.share is None else batch.share[1]
+            logs.setdefault("attacked_loss", 0.0 if media and self.global_step >= self.calm_steps else math.nan)
         for _ in range(missing):
             self.backward_pass(self.micro_step(*parts[-1], total)[0] * 0)
         average_gradients(self)

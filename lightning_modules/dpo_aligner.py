@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from datamodules.alignment import AlignmentBatch
+from datamodules.durable import write_durably
 from lightning_modules.aligner import Aligner
 from lightning_modules.losses import DPOLossType, dpo_loss, sequence_logps
 from mllm.branches import Item
@@ -104,9 +105,7 @@ class DPOAligner(Aligner):
 
 def save_reference(path: Path, ids: Sequence[str], logps: torch.Tensor) -> None:
     """Caches reference log-probs [N, 2] for `ids`; atomic."""
-    temporary = path.with_suffix(".tmp")
-    save_file({"logps": logps.contiguous()}, temporary, {"ids": json.dumps(list(ids))})
-    temporary.replace(path)
+    write_durably(path, save({"logps": logps.contiguous()}, {"ids": json.dumps(list(ids))}))
 
 
 def load_reference(path: Path, ids: Sequence[str]) -> dict[str, tuple[float, float]] | None:

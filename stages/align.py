@@ -186,7 +186,7 @@ def probes(cfg: Config, name: str, mllm: MLLM) -> list[Probe]:
     prompts = [p for p in benchmark_prompts(few) if p.request != "reading"]
     batches = PromptBatches(batched(prompts, cfg.evaluate.batch_size), media_rules(cfg, mllm))
     limit = cfg.evaluate.max_new_tokens
-    return [Probe(name, mllm, batches, cfg.align.probe_every_steps, limit, cfg.align.patience)]
+    return [Probe(name, mllm, batches, cfg.align.probe_every_steps, limit, cfg.align.patience, cfg.evaluate.batch_size)]
 
 
 def lower(name: str, variant: AlignVariant) -> dict[str, int]:

@@ -8,6 +8,7 @@ with the setting that decides halved, until it fits or cannot be halved any more
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from mllm.outline import Outline, outline
 from stages.memory_steps import Need, alignment, evaluation, sharded, synthesis
 from stages.plan_batches import align_step, prompt_length, records_of, slots
 from stages.plan_text_models import text_model_needs
-from stages.trainers import device_of, precision_of
+from stages.trainers import device_of, precision_of, quieten
 
 BESIDE = {"cpu": 0.7e9, "cuda": 0.6e9}
 """Bytes of one process beside its tensors: Python with its libraries; on a GPU the CUDA context and its workspaces."""
@@ -49,6 +50,7 @@ def show(cfg: Config) -> None:
     Raises:
         ValueError: the model's configuration, the processor or the data are not at hand; says how to give them.
     """
+    quieten()
     place = place_of(cfg)
     print("\n".join(page(cfg, place, needs(cfg, place))))
 
@@ -70,21 +72,31 @@ def needs(cfg: Config, place: Place) -> list[Row]:
     cfg = replace(cfg, trainer=replace(cfg.trainer, precision=precision_of(cfg)))
     rows: list[Row] = []
     if {"synthesize", "align", "evaluate"} & set(cfg.stages):
+        _tell(f"model {cfg.model.name}")
         model = outline(cfg.model)
         records = records_of(cfg) if {"synthesize", "align"} & set(cfg.stages) else []
         if "synthesize" in cfg.stages:
             n = min(cfg.synthesis.slots, -(-len(records) // place.world))
+            _tell("synthesize")
             rows.append(_fitted(place, n, lambda n: synthesis(model, cfg, slots(model, cfg, records, n))))
         for name in cfg.align.variants if "align" in cfg.stages else ():
             size = cfg.variants[name].micro_batch_size
+            _tell(f"align/{name}")
             rows.append(_fitted(place, size, lambda n, name=name: _align(model, cfg, place, name, records, n)))  # type: ignore[misc]
         if "evaluate" in cfg.stages:
+            _tell("evaluate")
             length, prompts = prompt_length(model, cfg)
             n = min(cfg.evaluate.batch_size, prompts)
             rows.append(_fitted(place, n, lambda n: evaluation(model, cfg, length, n)))
     for size, need in text_model_needs(cfg):
+        _tell("the text model")
         rows.append(_fitted(place, size, need))
     return rows
+
+
+def _tell(what: str) -> None:
+    """A step of a large batch takes its time, also without weights."""
+    print(f"plan: {what} ...", file=sys.stderr, flush=True)
 
 
 def page(cfg: Config, place: Place, rows: Sequence[Row]) -> list[str]:
@@ -152,8 +164,8 @@ def _fitted(place: Place, n: int, need_of: Callable[[int], Need]) -> Row:
     smaller = n
     while smaller > 1:
         smaller //= 2
-        if need.weights + need.kept + need.rest * smaller // n <= room:  # what a batch takes grows with its size
-            return Row(need, (smaller, need_of(smaller)))
+        if (less := need_of(smaller)).peak <= room:
+            return Row(need, (smaller, less))
     return Row(need, None)
 
 

@@ -141,7 +141,9 @@ def alignment(outline: Outline, cfg: Config, name: str, step: AlignStep) -> Need
             model.unload()
         if cfg.trainer.activation_checkpointing:
             outline.model.activation_checkpointing_disable()
-        outline.model.requires_grad_(False)
+        outline.model.eval().requires_grad_(False)
+        if cfg.trainer.precision == "bf16-true":  # the next row begins with the model as it is
+            outline.model.to(getattr(torch, outline.spec.dtype))
     kept = grads + ADAM * grads
     largest = max((step.with_media, step.text), key=lambda items: len(items) * _longest(items))
     batch = f"{len(largest)} examples of {_longest(largest)} tokens"

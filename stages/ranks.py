@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import psutil
@@ -81,6 +82,8 @@ def session() -> str:
         return env[SESSION]
     if "TORCHELASTIC_RUN_ID" in env:
         name = f"torchrun-{env['TORCHELASTIC_RUN_ID']}-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return f"{name}-{_agreed(name)}"
         if env.get("WORLD_SIZE") == env.get("LOCAL_WORLD_SIZE"):  # one node, and every launch has the same default id
             agent = psutil.Process(os.getppid())
             name += f"-{agent.pid}-{agent.create_time():.2f}"
@@ -88,6 +91,19 @@ def session() -> str:
     if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         return f"slurm-{slurm_job()}-{env['SLURM_STEP_ID']}-{env.get('SLURM_RESTART_COUNT', '0')}"
     return uuid.uuid4().hex
+
+
+def _agreed(name: str) -> str:
+    """What the leader has drawn for this launch, from the store of torchrun's agent, which dies with the launch:
+    torchrun's own id is `none`, or whatever the user gives, each time."""
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(minutes=10))
+    key = f"seawall/{name}"
+    if is_leader():
+        return store.compare_set(key, "", uuid.uuid4().hex).decode()
+    return store.get(key).decode()
 
 
 def wait_for(look: Callable[[], T | None], what: str, timeout: float = float("inf")) -> T:

@@ -134,6 +134,11 @@ def test_every_key_is_read_somewhere() -> None:
     assert not unread, f"no code reads {unread}: use them or take them out of configs/schema.py"
 
 
+def test_no_page_has_a_gap_that_was_to_be_filled() -> None:
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]:
+        assert not re.search(r"@@\w+@@|^TABLE$|\bTODO\b", path.read_text(encoding="utf-8"), re.MULTILINE), path
+
+
 def test_what_is_cached_is_not_committed() -> None:
     ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
     places = [str(leaf.value) for key, leaf in schema().items() if key.endswith(".cache_dir")]

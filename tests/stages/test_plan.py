@@ -43,6 +43,14 @@ def test_what_does_not_fit_is_told_with_the_setting_to_lower() -> None:
     assert any("it does not even with synthesis.slots=1" in line for line in page(cfg, nothing, needs(cfg, nothing)))
 
 
+def test_a_row_does_not_depend_on_those_before_it() -> None:
+    words = [*SMALL[:5], "align.variants=[text_sft]", "variants.text_sft.batch_size=4", "trainer.precision=bf16-true"]
+    place = Place("cpu", 1, 10**12)
+    alone = needs(compose([*words, "stages=[evaluate]"]).config, place)
+    after = needs(compose([*words, "stages=[align,evaluate]"]).config, place)
+    assert after[-1] == alone[-1]
+
+
 def test_plan_reads_no_weights_and_makes_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"
     shutil.copytree(ROOT / "assets" / "micro_llava", folder, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from configs.schema import Config
-from stages.ranks import wait_for
+from stages.ranks import session, wait_for
 from stages.runs import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -354,6 +355,24 @@ def test_other_ranks_see_what_the_leader_decided(tmp_path: Path) -> None:
         told = [output(process)[1].strip() for process in (leader, follower)]
         assert told == [f"True {found} {{'from': 'leader'}}", f"False {found} {{'from': 'leader'}}"]
         launcher["TORCHELASTIC_RUN_ID"] = "two"
+
+
+def test_two_launches_of_torchrun_with_one_id_have_two_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several nodes and a static rendezvous: the id is `none` each time. The store is torchrun's own, one a launch."""
+    names = []
+    for _ in range(2):
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        launch = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2"}
+        launch |= {"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        for name, value in launch.items():
+            monkeypatch.setenv(name, value)
+        told = []
+        for rank in ("0", "1", "0"):
+            monkeypatch.setenv("RANK", rank)
+            told.append(session())
+        assert len(set(told)) == 1
+        names += told[:1]
+    assert names[0] != names[1]
 
 
 def test_torchrun_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
