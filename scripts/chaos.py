@@ -175,7 +175,10 @@ def main() -> int:
     parser.add_argument("--signals", default=",".join(SIGNALS))
     parser.add_argument("--keep", type=Path, help="a folder for the runs, in place of a temporary one")
     parser.add_argument("overrides", nargs="*", help="further keys of train.py")
-    args = parser.parse_args()
+    words = sys.argv[1:]  # argparse gives no words to a second list of positionals behind options
+    at = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:at])
+    args.overrides += words[at + 1 :]
     if args.experiment is None:
         print("\n".join(f"{name}: experiment={trial.experiment}" for name, trial in TRIALS.items()))
         return 0

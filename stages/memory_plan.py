@@ -1,6 +1,6 @@
 """`plan=true`: what every stage of the run will take on every device, before anything is loaded (docs/memory.md).
 
-    python train.py experiment=sea_image model=llava_1_5_7b data=saferlhf data.path=... trainer=ddp plan=true
+    python train.py experiment=sea_image model=NAME data=saferlhf data.path=... trainer=ddp plan=true
 
 Each stage's largest step runs on a model without weights (stages/memory_steps.py). What does not fit is tried again
 with the setting that decides halved, until it fits or cannot be halved any more.

@@ -1,6 +1,6 @@
 """Synthesis by one process and by two, one thread each: embeddings per second, in one run, in turns.
 
-    python scripts/bench/scaling.py [--rounds 3] [-- synthesis.harmful=96 synthesis.harmless=96 ...]
+    python scripts/bench/scaling.py [--rounds 3] [-- synthesis.harmful=192 synthesis.harmless=192 ...]
 
 Each round starts `train.py` with one process and with two (`trainer=ddp`) on the same concepts. What is compared is the
 loop in which embeddings are made (`synthesize/speed.json`, the slowest rank's time); the whole command with imports,
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = [
-    "experiment=sea_image", "stages=[synthesize]", "synthesis.harmful=192", "synthesis.harmless=192",
+    "experiment=sea_image", "stages=[synthesize]", "synthesis.harmful=96", "synthesis.harmless=96",
     "trainer.accelerator=cpu", "logger.tensorboard=false",
 ]  # fmt: skip
 
@@ -61,7 +61,10 @@ def main() -> None:
         for processes in (1, 2) if number % 2 == 0 else (2, 1):  # a machine whose speed drifts favours neither
             timed = once(processes, args.overrides)
             found[processes].append(timed)
-            print(f"round {number + 1}: {processes} process(es), {timed.rate:.2f} embeddings/s, {timed.command:.1f} s")
+            print(
+                f"round {number + 1}: {processes} process(es), {timed.rate:.2f} embeddings/s, {timed.command:.1f} s",
+                flush=True,
+            )
     rates = {n: statistics.median(t.rate for t in timed) for n, timed in found.items()}
     commands = {n: statistics.median(t.command for t in timed) for n, timed in found.items()}
     print(f"medians: {rates[1]:.2f} and {rates[2]:.2f} embeddings/s, {rates[2] / rates[1]:.2f}x")

@@ -118,8 +118,8 @@ def test_after_kill_9_of_one_process_the_other_ends_and_a_single_one_completes_t
 ) -> None:
     run = tmp_path / "run"
     leader = start(run, *TWO, "stages=[synthesize]")
-    done = lambda: sum(map(len, added(run).values())) >= 3 or leader.poll() is not None or None  # noqa: E731
-    wait_for(done, "three embeddings", 600)
+    busy = lambda: (sum(map(bool, added(run).values())) == 2 or leader.poll() is not None) or None  # noqa: E731
+    wait_for(busy, "an embedding by each", 600)
     assert leader.poll() is None, leader.communicate()[0]
     (other,) = psutil.Process(leader.pid).children()
     os.kill(leader.pid if victim == "leader" else other.pid, signal.SIGKILL)
@@ -221,6 +221,7 @@ def test_what_is_not_trained_in_shards_says_so(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_one_gpu_in_shards_and_bfloat16_learns_what_a_cpu_does(one: Path, tmp_path: Path) -> None:
     run = copied(one, tmp_path / "run")
     gpu = ["trainer=fsdp2", "trainer.devices=1", "trainer.accelerator=gpu", "trainer.precision=bf16-mixed"]

@@ -77,7 +77,8 @@ def launched(words: list[str], **env: str) -> subprocess.Popen[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "trainer", "rank"),
-    [("synthesize", "ddp", "1"), ("align", "ddp", "1"), ("align", "fsdp2", "0"), ("evaluate", "ddp", "1")],
+    # The two ways in which ranks work: each for itself (so are answers made), and together (so does ddp align).
+    [("synthesize", "ddp", "1"), ("align", "fsdp2", "0")],
 )
 def test_a_rank_that_fails_is_heard_first_and_all_end(tmp_path: Path, stage: str, trainer: str, rank: str) -> None:
     process = launched(command(tmp_path, stage, rank, f"trainer={trainer}"))

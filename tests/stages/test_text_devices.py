@@ -26,10 +26,8 @@ DETOXIFIER = [
     "detoxifier.evaluate=8", "detoxifier.max_new_tokens=8", *COMMON,
 ]  # fmt: skip
 LORA = ["backbone.full_finetune=false", "backbone.frozen_layers=1"]
-HEAD = ["detector.layers=[2]", "detector.folds=2", "detector.dropout=0"]
 CASES = {
     "detector, adapter on fed features": ([*DETECTOR, *LORA], "train_detector/detector/adapter_model", "ddp"),
-    "detector, head": ([*DETECTOR, *HEAD], "train_detector/detector/head", "ddp"),
     "detector, all weights": (
         ["detector.loss=bce_pairwise", *DETECTOR],
         "train_detector/detector/model",
