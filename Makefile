@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slurm check format bench bench-guard golden smol minilm detector clean
+.PHONY: help env demo test test-slurm test-wandb check format bench bench-guard golden smol minilm detector clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: $(STAMP) ## run the tests (ARGS="-k name" picks)
 
 test-slurm: $(STAMP) ## run jobs on a real one-node SLURM (root on Debian or Ubuntu; installs its packages)
 	TEST_SLURM=1 $(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) tests/slurm --durations=0 $(ARGS)
+
+test-wandb: $(STAMP) ## run a sweep's trials by the real wandb agent against a server on this machine (on a quiet one)
+	TEST_WANDB=1 $(TEST_ENV) $(BIN)/python -m pytest tests/test_sweeps.py $(ARGS)
 
 check: $(STAMP) ## ruff, formatting, mypy
 	$(BIN)/ruff check .

@@ -109,7 +109,7 @@ def scalars(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("events*")):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if not value.tag.startswith("perf/") and value.tensor.float_val:
+                if not value.tag.startswith("perf/") and not is_volatile(value.tag) and value.tensor.float_val:
                     equal = ("nan" if v != v else v for v in value.tensor.float_val)  # NaN is not equal to itself
                     found.setdefault(f"{value.tag} at {event.step}", set()).update(equal)
     return found
