@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,9 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from configs.schema import AlignVariant, Model
 from datamodules.alignment import AlignmentBatch, chunks
-from lightning_modules.at_work import AtWork, of_items
+from lightning_modules.at_work import of_items
 from lightning_modules.losses import token_logps
-from lightning_modules.optimisation import adamw, average_gradients, clip_gradients, keep_trained, trained
+from lightning_modules.optimisation import PartlyTrained, adamw, average_gradients, clip_gradients, trained
 from mllm.branches import BranchForward, BranchLogits, Item
 from mllm.loading import MLLM
 from mllm.sharding import decoder_layers, shard, shared_weights, whole_weights
@@ -60,7 +59,7 @@ def made_trainable(model: Any, spec: Model, encoder: Sequence[str], variant: Ali
     return get_peft_model(model, config)
 
 
-class Aligner(L.LightningModule, ABC):
+class Aligner(PartlyTrained, ABC):
     """Base of the two aligners; subclasses say what one micro-batch costs (`micro_step`).
 
     Args:
@@ -87,8 +86,6 @@ class Aligner(L.LightningModule, ABC):
         super().__init__()
         self.noise, self.attack_radius, self.calm_steps = noise, attack_radius, calm_steps
         self.automatic_optimization = False
-        self.strict_loading = False  # a checkpoint holds the trained weights only
-        self.at_work = AtWork()
         self.lockstep = False  # every rank runs as many passes as the one with the most: sharded weights need it
         self.model = model
         self.anchor = mllm.anchor
@@ -222,9 +219,6 @@ class Aligner(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return adamw(trained(self), self.lr, self.weight_decay, self.warmup_steps, self.steps)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        keep_trained(self, checkpoint)
 
     def transfer_batch_to_device(
         self, batch: AlignmentBatch, device: torch.device, dataloader_idx: int

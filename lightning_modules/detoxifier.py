@@ -8,9 +8,7 @@ Logits are computed at those tokens only: with a vocabulary of 49,000 the head w
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import PeftModel
@@ -19,9 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from datamodules.rewriting import RewriteBatch
-from lightning_modules.at_work import AtWork
 from lightning_modules.losses import sft_loss, token_logps
-from lightning_modules.optimisation import adamw, average_gradients, clip_gradients, keep_trained, trained
+from lightning_modules.optimisation import OneBackwardAStep, adamw, trained
 from mllm.frozen_layers import text_layers
 from mllm.sharding import shard
 
@@ -45,7 +42,7 @@ class TargetLogps(nn.Module):
         return target_logps(self._plain[0], batch)
 
 
-class DetoxifierTuner(L.LightningModule):
+class DetoxifierTuner(OneBackwardAStep):
     """A causal model, perhaps under an adapter; what has `requires_grad` is trained.
 
     Args:
@@ -62,8 +59,6 @@ class DetoxifierTuner(L.LightningModule):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__()
-        self.strict_loading = False  # a checkpoint holds the trained weights only
-        self.at_work = AtWork()
         self.model, self._plain = net, (model,)  # in a tuple: not registered a second time
         self._score = (TargetLogps(net, model),)
         self.steps, self.lr, self.warmup_steps, self.weight_decay = steps, lr, warmup_steps, weight_decay
@@ -79,19 +74,9 @@ class DetoxifierTuner(L.LightningModule):
 
     def training_step(self, batch: RewriteBatch, batch_idx: int) -> torch.Tensor:
         self.at_work.on(self.global_step, lambda: (len(batch.ids), "pairs", batch.ids.shape[1]))
-        # of several ranks each has a share of the batch; averaging their gradients divides by their number
         loss = sft_loss(self.logps(batch), batch.targets) * self.trainer.world_size
         self.log("detoxifier/loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
         return loss
-
-    def on_after_backward(self) -> None:
-        average_gradients(self)
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        if gradient_clip_val:
-            clip_gradients(trained(self), gradient_clip_val)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Called by the strategy before the first step."""
@@ -100,9 +85,6 @@ class DetoxifierTuner(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return adamw(trained(self), self.lr, self.weight_decay, self.warmup_steps, self.steps)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        keep_trained(self, checkpoint)
 
     def transfer_batch_to_device(self, batch: RewriteBatch, device: torch.device, dataloader_idx: int) -> RewriteBatch:
         return replace(batch, **{name: getattr(batch, name).to(device) for name in ("ids", "mask", "target")})

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import PeftModel
@@ -20,15 +19,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from datamodules.qa_batches import TextBatch
-from lightning_modules.at_work import AtWork
 from lightning_modules.detector_losses import DetectorLoss, bce, bce_pairwise
-from lightning_modules.optimisation import adamw, average_gradients, clip_gradients, keep_trained, trained
+from lightning_modules.optimisation import OneBackwardAStep, adamw, trained
 from mllm.anchor import base_model
 from mllm.frozen_layers import LowerLayers, text_layers
 from mllm.sharding import shard
 
 
-class HarmDetector(L.LightningModule):
+class HarmDetector(OneBackwardAStep):
     """A sequence classifier of one output.
 
     Args:
@@ -55,8 +53,6 @@ class HarmDetector(L.LightningModule):
         pooled: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.strict_loading = False  # a checkpoint holds the trained weights only
-        self.at_work = AtWork()
         self.model, self.loss, self.steps, self.lr = model, loss, steps, lr
         self.warmup_steps, self.weight_decay, self.harmful_weight = warmup_steps, weight_decay, harmful_weight
         self.head_ids, self.head_lr_factor = {id(p) for p in head}, head_lr_factor
@@ -95,15 +91,6 @@ class HarmDetector(L.LightningModule):
         self.log("detector/loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
         return loss
 
-    def on_after_backward(self) -> None:
-        average_gradients(self)
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        if gradient_clip_val:
-            clip_gradients(trained(self), gradient_clip_val)
-
     def shard(self, mesh: DeviceMesh) -> None:
         """Called by the strategy before the first step. The head stays whole: it is small and may have a dtype of its
         own. A head on section means is all that is trained: there is nothing to cut."""
@@ -120,9 +107,6 @@ class HarmDetector(L.LightningModule):
         rest = [p for p in trained(self) if id(p) not in self.head_ids]
         groups: list[dict[str, Any]] = [{"params": rest}, {"params": head, "lr": self.lr * self.head_lr_factor}]
         return adamw([g for g in groups if g["params"]], self.lr, self.weight_decay, self.warmup_steps, self.steps)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        keep_trained(self, checkpoint)
 
     def transfer_batch_to_device(self, batch: TextBatch, device: torch.device, dataloader_idx: int) -> TextBatch:
         fields = {name: getattr(batch, name).to(device) for name in ("ids", "mask", "text_L", "harmless_L", "pairs_P2")}

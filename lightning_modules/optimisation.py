@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 
+from lightning_modules.at_work import AtWork
 from mllm.sharding import gathered, is_sharded
 
 
@@ -34,10 +35,31 @@ def trained(module: L.LightningModule) -> list[torch.nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def keep_trained(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Drops the frozen weights from a checkpoint that is about to be written; load it with strict_loading=False."""
-    names = {name for name, p in module.named_parameters() if p.requires_grad}
-    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
+class PartlyTrained(L.LightningModule):
+    """What has `requires_grad` is trained, and is all that checkpoints hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False
+        self.at_work = AtWork()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        names = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
+
+
+class OneBackwardAStep(PartlyTrained):
+    """With automatic optimisation, each of several ranks with a share of the batch: the loss is that share of the
+    batch's, times the number of ranks, since the average of their gradients divides by it."""
+
+    def on_after_backward(self) -> None:
+        average_gradients(self)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if gradient_clip_val:
+            clip_gradients(trained(self), gradient_clip_val)
 
 
 def average_gradients(module: L.LightningModule) -> None:

@@ -199,29 +199,15 @@ class BranchForward:
 
     @contextlib.contextmanager
     def _last_mlp_at(self, rows: Rows) -> Iterator[None]:
-        """Inside, the last layer's MLP works on the places that predict a target and gives zero elsewhere, where
-        nothing looks any more: after that layer no place sees another. Not under activation checkpointing, which runs
-        the layer again after this context has ended."""
+        """Inside, the last layer's MLP works on the places that predict a target. Not under activation checkpointing,
+        which runs the layer again after this context has ended."""
         if self._last_mlp is None or recomputes(self._layers):
             yield
             return
-        width = rows.ids.shape[1]
         # Each place once: two branches' first targets are predicted by the same token, the last of the prefix.
-        places = torch.unique(rows.row * width + rows.column)
-
-        def gather(module: nn.Module, args: tuple) -> tuple:
-            return (args[0].flatten(0, 1)[places][None], *args[1:])
-
-        def scatter(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-            whole = out.new_zeros(rows.ids.numel(), out.shape[-1]).index_copy(0, places, out[0])
-            return whole.view(*rows.ids.shape, -1)
-
-        handles = [self._last_mlp.register_forward_pre_hook(gather), self._last_mlp.register_forward_hook(scatter)]
-        try:
+        places = torch.unique(rows.row * rows.ids.shape[1] + rows.column)
+        with mlp_at(self._last_mlp, places, rows.ids.shape):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _for_rows(self, E: Tensor | Mapping[str, Tensor], plan: Plan) -> Tensor | Mapping[str, Tensor]:
         """The plain rows of one item share its E; their gradients add up in it."""
@@ -317,6 +303,26 @@ class BranchForward:
         if isinstance(pad, int) and 0 <= pad < self._text_config.vocab_size and pad not in taken:
             return pad
         return next(i for i in range(len(taken) + 1) if i not in taken)
+
+
+@contextlib.contextmanager
+def mlp_at(mlp: nn.Module, places: Tensor, shape: tuple[int, ...]) -> Iterator[None]:
+    """Inside, the MLP of the last layer works on these places of [R, S] (flat) and gives zero elsewhere, where nothing
+    looks any more: after that layer no place sees another."""
+
+    def gather(module: nn.Module, args: tuple) -> tuple:
+        return (args[0].flatten(0, 1)[places][None], *args[1:])
+
+    def scatter(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        whole = out.new_zeros(shape[0] * shape[1], out.shape[-1]).index_copy(0, places, out[0])
+        return whole.view(*shape, -1)
+
+    handles = [mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def last_mlp(base: Any) -> nn.Module | None:

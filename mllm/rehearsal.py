@@ -8,15 +8,15 @@ All of it runs under `outline.mode` with a `LiveBytes` on top. R: rows, S: their
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import DynamicCache
 
-from mllm.branches import BranchLogits, last_mlp
+from mllm.branches import BranchLogits, last_mlp, mlp_at
 from mllm.items import Item
 from mllm.outline import Outline
 from mllm.packing import Rows, packed_rows, plain_rows
@@ -45,7 +45,8 @@ def logits_of(outline: Outline, items: Sequence[Item], form: Form, E: Mapping[st
         embedded = scattered(outline, embedded, E)
     positions = torch.zeros(R, S, dtype=torch.long) if packed or padded else None
     mask = torch.zeros(R, 1, S, S, dtype=dtype if packed else torch.bool) if packed or padded else None
-    with _last_mlp_at(base, (R, S), targets):
+    mlp = None if recomputes(checkpointing_layers(base)) else last_mlp(base)
+    with contextlib.nullcontext() if mlp is None else mlp_at(mlp, torch.arange(targets), (R, S)):
         hidden = base.get_decoder()(
             inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False
         )[0]
@@ -88,26 +89,3 @@ def generated(outline: Outline, batch: int, prompt: int, new: int, autograd: boo
                 use_cache=True,
             )[0]
             base.get_output_embeddings()(hidden[:, -1:]).float().to(dtype)
-
-
-@contextlib.contextmanager
-def _last_mlp_at(base: Any, shape: tuple[int, int], targets: int) -> Iterator[None]:
-    """As `BranchForward`: the last layer's MLP works on the places that predict a target alone."""
-    module = last_mlp(base)
-    if module is None or recomputes(checkpointing_layers(base)):
-        yield
-        return
-    places, size = torch.arange(targets), shape[0] * shape[1]
-
-    def gather(module: nn.Module, args: tuple) -> tuple:
-        return (args[0].flatten(0, 1)[places][None], *args[1:])
-
-    def scatter(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        return out.new_zeros(size, out.shape[-1]).index_copy(0, places, out[0]).view(*shape, -1)
-
-    handles = [module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

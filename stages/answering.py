@@ -33,7 +33,7 @@ from stages.runs import Run, Stage, write_json
 from stages.strategies import SeparateRanks
 from stages.trainers import device_of, trainer
 
-TODO = "todo.json"
+UNANSWERED = "todo.json"
 
 
 def answer_all(
@@ -59,8 +59,8 @@ def answer_all(
         for log in logs.values():
             take_in(log, prompts)
         ids = {variant: [p.id for p in log.todo(prompts)] for variant, log in logs.items()}
-        write_json(stage.folder / TODO, {"session": run.session, "todo": ids})
-    todo = wait_for(lambda: _of_session(stage.folder / TODO, run.session), "the list of prompts to answer")
+        write_json(stage.folder / UNANSWERED, {"session": run.session, "todo": ids})
+    todo = wait_for(lambda: _of_session(stage.folder / UNANSWERED, run.session), "the list of prompts to answer")
     rank, world = 0, 1
     for variant, ids in todo["todo"].items():
         if ids:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from datamodules.durable import write_durably
 from stages import ranks
-from stages.telling import spoken
+from stages.telling import RankFailed, spoken
 
 FOLDER = ".failures"
 PATIENCE = 5.0
@@ -39,10 +39,6 @@ _CONNECTION = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|TCPStore|Socket Timeout|process group|Timed out waiting",
     re.IGNORECASE,
 )
-
-
-class RankFailed(RuntimeError):
-    """Another process of this run has failed; its message is the reason."""
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,10 @@ from datamodules.durable import write_durably
 from lightning_modules.at_work import explained
 from mllm.plugins import source_hash
 from stages import ranks, run_folder
-from stages.failures import Failures, RankFailed
+from stages.failures import Failures
 from stages.manifest import begin_manifest
 from stages.run_log import RunLog, file_only, log
+from stages.telling import RankFailed
 
 State = Literal["new", "resume", "done"]
 

@@ -10,11 +10,15 @@ from lightning_modules.at_work import OutOfMemory
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+class RankFailed(RuntimeError):
+    """Another process of this run has failed; its message is the reason."""
+
+
 def spoken(error: BaseException) -> str:
     """One message; the kind of error stands before it where its text alone says nothing."""
     if _disk_is_full(error):
         return f"the disk is full: {error}. Nothing finished is lost: make room and run the same command again"
-    if isinstance(error, (ValueError, OSError, OutOfMemory)) or type(error).__name__ == "RankFailed":
+    if isinstance(error, (ValueError, OSError, OutOfMemory, RankFailed)):
         return str(error) or type(error).__name__
     return f"{type(error).__name__}: {error}"
 

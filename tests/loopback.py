@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
+
+from tests.local_http import LocalHttp
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Seen:
     body: dict[str, Any]
 
 
-class LoopbackServer:
+class LoopbackServer(LocalHttp):
     """Answers `POST {base_url}/chat/completions` with `answer(body)`: a str, or a `Behaviour`.
 
     `key`: if set, any other bearer token gets a 401. `delay`: seconds every answer takes. `refuse_schema`: answer 400
@@ -85,6 +87,7 @@ class LoopbackServer:
         delay: float = 0.0,
         refuse_schema: bool = False,
     ):
+        super().__init__()
         self.answer, self.key, self.delay, self.refuse_schema = answer, key, delay, refuse_schema
         self.script: list[Behaviour] = []
         self.requests: list[Seen] = []
@@ -92,47 +95,21 @@ class LoopbackServer:
         self._active = 0
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                outer._serve(self)
-
-            def log_message(self, *args: object) -> None:
-                pass  # the default writes every request to stderr
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 128
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                pass  # a client that hangs up (time-outs are tested) is no error here
-
-        self._http = Server(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
 
     @property
     def base_url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}/v1"
+        return f"{self.url}/v1"
 
     @property
     def count(self) -> int:
         """Requests received, that is: calls that a real provider would bill."""
         return len(self.requests)
 
-    def __enter__(self) -> LoopbackServer:
-        self._thread.start()
-        return self
-
     def __exit__(self, *exc: object) -> None:
         self._closing.set()
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+        super().__exit__(*exc)
 
-    def _serve(self, handler: BaseHTTPRequestHandler) -> None:
+    def serve(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         with self._lock:
             self.requests.append(Seen(handler.path, handler.headers.get("Authorization"), body))

@@ -16,12 +16,13 @@ import re
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+
+from tests.local_http import LocalHttp
 
 ENTITY, PROJECT, SWEEP = "someone", "seawall", "sweep1"
 
@@ -50,7 +51,7 @@ def inspected(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-class WandbServer:
+class WandbServer(LocalHttp):
     """Keeps runs and artifacts; with a sweep it also hands out trials, one agent at a time.
 
     Args:
@@ -67,46 +68,16 @@ class WandbServer:
         on_history: Callable[[SeenRun], bool] = lambda run: False,
         known: Sequence[dict[str, Any]] = (),
     ) -> None:
+        super().__init__()
         self.sweep, self.trials, self.on_history, self.known = sweep, trials, on_history, known
         self.on_heartbeat: Callable[[], None] = lambda: None
         self.runs: dict[str, SeenRun] = {}
         self.given: dict[str, dict[str, Any]] = {}
         self.artifacts: dict[str, dict[str, Any]] = {}
         self.operations: list[str] = []
-        self.errors: list[str] = []
         self.told_to_stop: list[str] = []
         self.uploaded = 0
         self._lock = threading.RLock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                outer._serve(self)
-
-            def do_PUT(self) -> None:
-                outer._serve(self)
-
-            def do_GET(self) -> None:
-                outer._serve(self)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that has ended is none
-                    outer.errors.append(traceback.format_exc())
-
-        self._http = Server(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -120,17 +91,8 @@ class WandbServer:
             "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.3",  # s; by default 15
         }
 
-    def __enter__(self) -> WandbServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
-
     # ------------------------------------------------------------------------------------------------ HTTP
-    def _serve(self, http: BaseHTTPRequestHandler) -> None:
+    def serve(self, http: BaseHTTPRequestHandler) -> None:
         body = http.rfile.read(int(http.headers.get("Content-Length") or 0))
         if http.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)

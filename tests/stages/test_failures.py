@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from lightning_modules.at_work import AtWork, OutOfMemory, explained, is_out_of_memory
-from stages.failures import Failures, RankFailed, is_consequence
+from stages.failures import Failures, is_consequence
+from stages.telling import RankFailed
 from tests.conftest import ROOT
 
 # A plugin of the run under test: `mllm.plugins` loads it in every process; in one of them it makes a function fail.
