@@ -25,9 +25,13 @@ def exit_code_of(action: Callable[[], None]) -> int:
     before = {signum: signal.signal(signum, _end) for signum in EXIT_CODES}
     try:
         code = _code_of(action)
+        # What is left is sending the last metrics and this code: to stop now would save nothing, and W&B would never
+        # learn how the run ended. Ctrl-C still ends it.
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, signal.SIG_IGN)
         end_wandb(code)
         return code
-    except SystemExit as end:  # told to stop while it sends its last metrics
+    except SystemExit as end:  # Ctrl-C while it sends
         return _code_of_exit(end)
     finally:
         for signum, handler in before.items():

@@ -24,10 +24,11 @@ from tests.wandb_server import PROJECT, SWEEP, SeenRun, WandbServer, inspected
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "scripts" / "sweeps").glob("*.yaml"))
+STEPS = 40  # long enough for what W&B's service sends late, some seconds, to come while it is trained
 SMALL = [
     "synthesis.harmful=3", "synthesis.harmless=3", "synthesis.max_steps=15", "synthesis.retries=0",
     "synthesis.include_failed=true", "align.variants=[text_sft,sea_dpo]", "variants.text_sft.steps=1",
-    "variants.sea_dpo.steps=12", "variants.sea_dpo.batch_size=8", "variants.sea_dpo.mixture.replay=0",
+    f"variants.sea_dpo.steps={STEPS}", "variants.sea_dpo.batch_size=8", "variants.sea_dpo.mixture.replay=0",
     "align.probe_every_steps=1", "align.probe_prompts=1", "trainer.log_every_n_steps=1", "evaluate.limit=2",
     "evaluate.max_new_tokens=12", "logger.tensorboard=false",
 ]  # fmt: skip
@@ -159,7 +160,7 @@ def test_the_agents_trial_is_told_to_make_room_and_goes_on_as_the_same_run(serve
     assert steps == sorted(set(steps))
     fit = [row["trainer/global_step"] for row in run.history if "sea_dpo/align/loss" in row]
     assert fit == sorted(set(fit)), "no step of the alignment was done twice"
-    assert len(objectives(run)) == 12 + 1  # a probe after each step, and the report
+    assert len(objectives(run)) == STEPS + 1  # a probe after each step, and the report
     folder = place / "runs" / "sea_image" / f"sweep-{SWEEP}-trial0"
     report = json.loads((folder / "report.json").read_text())
     assert run.summary["objective/sea_dpo"] == report_objectives(report["results"])["sea_dpo"] == objectives(run)[-1]
@@ -169,7 +170,7 @@ def test_the_agents_trial_is_told_to_make_room_and_goes_on_as_the_same_run(serve
 def test_a_pruned_trial_has_saved_its_work_and_ends_with_143(server: WandbServer, place: Path) -> None:
     run = server.runs["trial1"]
     assert (run.exit_codes, run.state) == ([143], "failed")
-    assert 2 <= len(objectives(run)) < 12 + 1
+    assert 2 <= len(objectives(run)) < STEPS + 1
     folder = place / "runs" / "sea_image" / f"sweep-{SWEEP}-trial1"
     assert (folder / "align" / "sea_dpo" / "checkpoints" / "last.ckpt").exists()
     assert not (folder / "report.json").exists()
