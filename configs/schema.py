@@ -557,6 +557,7 @@ class Scenes:
     source: str = doc("who describes", "api", choices=("api", "local", "file"))
     path: str | None = doc("file: JSON, {scenario/id: text}; local: smollm2, or folder or hub id of a chat model")
     max_new_tokens: int = doc("local: longest description (tokens)", 96, low=8)
+    cache_dir: str = doc("local: descriptions by content", ".cache/scenes", free=True)
     api: Api = group(Api, "api: endpoint")
 
 

@@ -16,6 +16,8 @@ from typing import Any
 from configs.schema import Scenes
 from datamodules.chat_messages import Request
 from datamodules.sources import chat_api
+from datamodules.text_cache import TextCache, content_key
+from mllm.fingerprint import fingerprint
 from mllm.smol import text_model_folder
 
 EXAMPLES = (
@@ -79,10 +81,15 @@ def scene_descriptions(
         answers = _from_endpoint(prompts, settings, advance)
     else:
         answers = list(_from_model(prompts, settings, advance, device))
-    scenes = {key: " ".join(text.split()) for key, text in zip(phrases, answers, strict=True)}
+    scenes = {key: _bare(text) for key, text in zip(phrases, answers, strict=True)}
     if empty := [key for key, text in scenes.items() if not text]:
         raise ValueError(f"build.scenes: no description of {', '.join(empty[:3])} ({len(empty)} in all)")
     return scenes
+
+
+def _bare(text: str) -> str:
+    """The description on one line, without the form that small models repeat around it."""
+    return " ".join(text.split("Scene:", 1)[-1].split("Phrase:", 1)[0].split())
 
 
 def _from_file(phrases: Mapping[str, str], path: str | None) -> dict[str, str]:
@@ -119,12 +126,20 @@ def _from_model(prompts: Sequence[str], settings: Scenes, advance: Progress, dev
     folder = text_model_folder(settings.path or "smollm2")
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).to(device).eval()
+    cache, made_by = TextCache(Path(settings.cache_dir).expanduser()), fingerprint(model)
     for prompt in prompts:
+        key = content_key([made_by, settings.max_new_tokens, prompt])
+        if (known := cache.read(key)) is not None:
+            yield known
+            advance(1)
+            continue
         messages = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(device)
         with torch.inference_mode():
             ids = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, do_sample=False)
-        yield tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        cache.write(key, text)
+        yield text
         advance(1)

@@ -14,6 +14,22 @@ import torch
 from configs.schema import Pipeline
 
 
+def check_pipeline(settings: Pipeline) -> None:
+    """Before anything is done for it: a folder must be a pipeline, without pickled weights.
+
+    Raises:
+        ValueError: it is none.
+    """
+    folder = Path(settings.path or "").expanduser()
+    if settings.path is None or not folder.is_dir():  # a hub id
+        return
+    if not (folder / "model_index.json").is_file():
+        inside = [path.parent.name for path in sorted(folder.glob("*/model_index.json"))]
+        hint = f"; did you mean {folder / inside[0]}?" if inside else ""
+        raise ValueError(f"build.pipeline.path={settings.path}: cannot be loaded: it holds no model_index.json{hint}")
+    _refuse_pickles(folder)
+
+
 def load_pipeline(settings: Pipeline, device: torch.device | str = "cpu") -> Any:
     """The pipeline, on `device`.
 
@@ -32,8 +48,7 @@ def load_pipeline(settings: Pipeline, device: torch.device | str = "cpu") -> Any
     disable_progress_bar()
     disable_loading_bar()
     folder = Path(settings.path).expanduser()
-    if folder.is_dir():
-        _refuse_pickles(folder)
+    check_pipeline(settings)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             str(folder) if folder.is_dir() else settings.path,

@@ -177,9 +177,10 @@ def make_clips(
     cfg: Config, folder: BenchmarkFolder, questions: Sequence[Question], phrases: Mapping[str, str]
 ) -> list[Row]:
     """The DM clips, one after another in this process, on its device. Nothing is loaded if all are there."""
-    from mllm.diffusion import load_pipeline, make_clip
+    from mllm.diffusion import check_pipeline, load_pipeline, make_clip
 
     build, device = cfg.build, device_of(cfg)
+    check_pipeline(build.pipeline)  # describing the scenes takes its time
     wanted = {q.key: phrases[q.key] for q in questions}
     with Progress("scenes", len(wanted), "descriptions") as progress:
         scenes = scene_descriptions(wanted, build.scenes, cfg.seed, progress.advance, str(device))

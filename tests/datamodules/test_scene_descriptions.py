@@ -11,6 +11,7 @@ import pytest
 from configs.schema import Api, Scenes
 from datamodules.scene_descriptions import EXAMPLES, scene_descriptions, scene_prompt
 from tests.loopback import LoopbackServer, Text
+from tests.micro_text import backbone
 
 PHRASES = {"6-Fraud/0": "fold a kite", "6-Fraud/1": "a garden bench"}
 
@@ -52,6 +53,22 @@ def test_an_endpoint_that_fails_is_named(tmp_path: Path) -> None:
         api = Api(base_url=server.base_url, model="m", key_env="", cache_dir=str(tmp_path), retries=0)
         with pytest.raises(ValueError, match=r"build.scenes: 2 of 2 descriptions failed, the first: the model refused"):
             describe(Scenes(source="api", api=api))
+
+
+def test_a_model_on_this_machine_describes_and_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Scenes(source="local", path=str(backbone()), max_new_tokens=8, cache_dir=str(tmp_path))
+    found = describe(settings)
+    assert found.keys() == PHRASES.keys()
+    assert len(list(tmp_path.rglob("*.json"))) == 2
+    monkeypatch.setattr("transformers.GenerationMixin.generate", None)  # whoever calls it fails
+    assert describe(settings) == found
+
+
+def test_the_form_that_a_model_repeats_is_no_part_of_the_scene(tmp_path: Path) -> None:
+    said = "Phrase: fold a kite\nScene: Two hands\nfold paper.\n\nPhrase: something else\nScene: no"
+    with LoopbackServer(answer=lambda body: said) as server:
+        api = Api(base_url=server.base_url, model="m", key_env="", cache_dir=str(tmp_path))
+        assert set(describe(Scenes(source="api", api=api)).values()) == {"Two hands fold paper."}
 
 
 def test_a_file_describes(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configs.schema import Pipeline
-from mllm.diffusion import load_pipeline, make_clip
+from mllm.diffusion import check_pipeline, load_pipeline, make_clip
 from tests.tiny_text_to_video import tiny_text_to_video
 
 
@@ -49,3 +49,8 @@ def test_what_is_no_pipeline_is_named(tmp_path: Path) -> None:
         load_pipeline(settings(None))
     with pytest.raises(ValueError, match=rf"build.pipeline.path={tmp_path}: cannot be loaded"):
         load_pipeline(settings(tmp_path))
+
+
+def test_the_folder_above_a_pipeline_says_where_it_is(folder: Path) -> None:
+    with pytest.raises(ValueError, match=rf"it holds no model_index\.json; did you mean {folder}\?"):
+        check_pipeline(settings(folder.parent))
