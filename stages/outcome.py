@@ -27,8 +27,8 @@ def exit_code_of(action: Callable[[], None]) -> int:
         code = _code_of(action)
         # What is left is sending the last metrics and this code: to stop now would save nothing, and W&B would never
         # learn how the run ended. Ctrl-C still ends it.
-        for signum in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(signum, signal.SIG_IGN)
+        for ignored in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(ignored, signal.SIG_IGN)
         end_wandb(code)
         return code
     except SystemExit as end:  # Ctrl-C while it sends
