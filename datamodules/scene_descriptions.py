@@ -89,7 +89,11 @@ def scene_descriptions(
 
 def _bare(text: str) -> str:
     """The description on one line, without the form that small models repeat around it."""
-    return " ".join(text.split("Scene:", 1)[-1].split("Phrase:", 1)[0].split())
+    head, _, scene = text.partition("Scene:")
+    if not scene.strip():  # "Phrase: ..." and then the description, or all of it in the phrase's place
+        line, _, rest = head.strip().removeprefix("Phrase:").partition("\n")
+        scene = rest if head.strip().startswith("Phrase:") and rest.strip() else f"{line}\n{rest}"
+    return " ".join(scene.split("Phrase:", 1)[0].split())
 
 
 def _from_file(phrases: Mapping[str, str], path: str | None) -> dict[str, str]:

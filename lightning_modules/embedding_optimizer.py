@@ -163,6 +163,11 @@ class EmbeddingOptimizer(L.LightningModule):
             self.common,
         )
 
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> int | None:
+        """Ends the fit at a tick that the loader drew before the last embedding was finished: it is no step, and what
+        is logged with it would be the last step's metrics again."""
+        return None if self.busy else -1
+
     def training_step(self, batch: object, batch_idx: int) -> None:
         """One step of all slots: refill, forward, release what is finished, update the rest."""
         optimizer = self.optimizers()

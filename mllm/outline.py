@@ -70,14 +70,7 @@ def outline(spec: Model) -> Outline:
     register()
     source = checkpoint(spec.path)
     config, processor = _read(spec, source)
-    with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForMultimodalLM.from_config(
-            config, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attn_implementation
-        )
-    model.tie_weights()  # making them empty has torn them apart
-    with contextlib.suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(source, revision=spec.revision)
-    model.eval().requires_grad_(False)
+    model = _empty(spec, source, config)
     blank = media_arguments(spec, processor, [blank_medium(spec, processor)])
     prompts = PromptEncoder(processor, spec.modality, blank, end_ids(model, processor), spec.system_prompt)
     inputs = prompts.blank_inputs(spec.prompts.style.format(modality=spec.modality))
@@ -86,6 +79,7 @@ def outline(spec: Model) -> Outline:
         with _shallow(model) as lists:
             shapes, seen = _observed(model, spec, inputs)
     except (ValueError, IndexError, RuntimeError, TypeError):  # a projector reads a deeper layer
+        model = _empty(spec, source, config)  # transformers has hooked the few layers of the first one
         lists, (shapes, seen) = {}, _observed(model, spec, inputs)
     cut = [f"{path}.{i}" for path, n in lists.items() for i in range(SHALLOW, n) if f"{path}.0" in seen]
     encoder = (*seen, *cut)
@@ -134,6 +128,17 @@ def _read(spec: Model, source: str) -> tuple[Any, ProcessorMixin]:
     return config, processor
 
 
+def _empty(spec: Model, source: str, config: Any) -> Any:
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForMultimodalLM.from_config(
+            config, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attn_implementation
+        )
+    model.tie_weights()  # making them empty has torn them apart
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(source, revision=spec.revision)
+    return model.eval().requires_grad_(False)
+
+
 def _media_tokens(spec: Model, config: Any, ids: Tensor) -> tuple[frozenset[int], int]:
     """As mllm/blank.py: ids that the config names and that are in the blank's prompt, and how many there are."""
     names = {
@@ -146,24 +151,36 @@ def _media_tokens(spec: Model, config: Any, ids: Tensor) -> tuple[frozenset[int]
     return found, int(torch.isin(ids, torch.tensor(sorted(found), dtype=torch.long)).sum())
 
 
-SHALLOW, LARGE = 3, 500_000_000
-"""Layers that are run of an encoder with more weights than that: all of it would take minutes on a CPU."""
+SHALLOW, LARGE = 3, 50_000_000
+"""Layers that are run of an encoder with more weights than that: all of it would take minutes on a laptop."""
 
 
 @contextlib.contextmanager
 def _shallow(model: Any) -> Iterator[dict[str, int]]:
-    """Inside, lists of layers outside of the decoder have three: what a layer puts out has the shape of what it reads.
+    """Inside, lists of layers outside of the decoder have three, and their configurations say so (transformers counts
+    hidden states from the end by them): what a layer puts out has the shape of what it reads.
     Gives {path: number of layers} of those that were cut."""
     decoder = {id(m) for m in model.get_decoder().modules()}
     long = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and id(m) not in decoder}
     large = sum(p.numel() for m in long.values() for p in m.parameters()) > LARGE
     long = {name: module for name, module in long.items() if large and len(module) > SHALLOW and "." in name}
+    configs: dict[int, tuple[Any, int]] = {}
+    for name, module in long.items():
+        for owner, m in model.named_modules():
+            c: Any = getattr(m, "config", None)
+            inside = owner and name.startswith(f"{owner}.")  # the model itself counts its decoder's layers
+            if inside and getattr(c, "num_hidden_layers", None) == len(module):
+                configs[id(c)] = c, len(module)
     try:
         for name, module in long.items():
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, module[:SHALLOW])
+        for c, _ in configs.values():
+            c.num_hidden_layers = SHALLOW
         yield {name: len(module) for name, module in long.items()}
     finally:
+        for c, n in configs.values():
+            c.num_hidden_layers = n
         for name, module in long.items():
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, module)

@@ -1,9 +1,9 @@
-"""Memory of the stages that train a text model: the harm detector and the detoxifier. An upper bound: every text as
-long as is allowed, two answers to each question."""
+"""Memory of the stages that train a text model: the harm detector and the detoxifier. As in alignment, the largest
+batch is one that the sampler draws from the data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,68 +13,111 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from configs.schema import Config
+from datamodules.qa_batches import Buckets, QuestionTexts, encode_questions
+from datamodules.rewriting import encode_rewriting, rewritings
 from lightning_modules.losses import sft_loss, token_logps
-from mllm.backbones import backbone_folder
+from mllm.backbones import backbone_folder, load_tokenizer
 from mllm.live_bytes import LiveBytes, bytes_of
 from mllm.outline import faked
+from mllm.qa_text import QATemplate
 from stages.memory_steps import ADAM, Need
-from stages.text_training import adapted
+from stages.plan_batches import STEPS
+from stages.text_training import adapted, question_parts, steps_of
 
 Step = Callable[[Any], None]
 
 
-def text_model_needs(cfg: Config) -> Iterator[tuple[int, Callable[[int], Need]]]:
-    """(present size of a batch, what a batch of another size takes) of each such stage in the run."""
+def text_model_needs(cfg: Config, world: int) -> Iterator[tuple[int, Callable[[int], Need]]]:
+    """(present size of a batch, what a batch of another size takes) of each such stage in the run.
+
+    Raises:
+        ValueError: the data, the backbone's config.json or its tokenizer are not at hand.
+    """
     d, x = cfg.detector, cfg.detoxifier
     if "train_detector" in cfg.stages:
+        tokenizer = load_tokenizer(backbone_folder(cfg.backbone.path), cfg.backbone.revision)
+        template = QATemplate(d.template, tokenizer, d.max_length, d.max_question)
+        parts = {part: encode_questions(pairs, template.encode) for part, pairs in question_parts(cfg).items()}
+        longest = max(q.length for part in parts.values() for q in part)
         if d.layers:
-            yield d.score_batch_size, lambda n: _read(cfg, n)
+            yield d.score_batch_size, lambda n: _read(cfg, n, longest)
         else:
-            yield d.batch_size, lambda n: _detector(cfg, n)
+            yield d.batch_size, lambda n: _detector(cfg, n, parts["train"], longest, world)
     if "train_detoxifier" in cfg.stages:
-        yield x.batch_size, lambda n: _detoxifier(cfg, n)
+        tokenizer = load_tokenizer(backbone_folder(cfg.backbone.path), cfg.backbone.revision)
+        template = QATemplate(x.template, tokenizer, x.max_length, x.max_question)
+        pairs = question_parts(cfg)["train"]
+        examples = [encode_rewriting(e, template, tokenizer, x.max_answer) for e in rewritings(pairs, x.refusal)]
+        yield x.batch_size, lambda n: _detoxifier(cfg, n, examples, world)
 
 
-def _read(cfg: Config, n: int) -> Need:
+def _read(cfg: Config, n: int, longest: int) -> Need:
     """The backbone reads, and learns nothing; the head on top is small."""
-    d = cfg.detector
     model, mode = _fake(cfg, AutoModel)
 
     def step(model: Any) -> None:
         with torch.no_grad():
-            model(input_ids=torch.zeros(n, d.max_length, dtype=torch.long), output_hidden_states=True)
+            model(**_padded(n, longest), output_hidden_states=True)
 
-    batch = f"{n} texts of {d.max_length} tokens"
-    return _need(model, mode, model, step, "train_detector", batch, ("detector.score_batch_size", n))
+    return _need(
+        model, mode, model, step, "train_detector", f"{n} texts of {longest} tokens", ("detector.score_batch_size", n)
+    )
 
 
-def _detector(cfg: Config, n: int) -> Need:
+def _detector(cfg: Config, n: int, train: Sequence[QuestionTexts], longest: int, world: int) -> Need:
+    """A training step, and the scoring of as many of the longest texts as `detector.score_batch_size` says."""
     d = cfg.detector
     model, mode = _fake(cfg, AutoModelForSequenceClassification, num_labels=1)
     net = adapted(model, cfg, d.lora, "SEQ_CLS")
     net.train()
+    steps = steps_of(d.epochs, len(train), n)
+    drawn = _drawn(Buckets([q.length for q in train], n, cfg.seed), steps, world)
+    shapes = [(sum(len(train[i].ids) for i in part), max(train[i].length for i in part)) for part in drawn]
+    rows, length = max(shapes, key=lambda shape: shape[0] * shape[1])
 
     def step(net: Any) -> None:
-        net(input_ids=torch.zeros(2 * n, d.max_length, dtype=torch.long)).logits.sum().backward()
+        with torch.no_grad():
+            net(**_padded(d.score_batch_size, longest))
+        net(**_padded(rows, length)).logits.sum().backward()
 
-    batch = f"{n} questions, {2 * n} texts of {d.max_length} tokens"
+    batch = f"{n} questions, {rows} texts of {length} tokens"
     return _need(model, mode, net, step, "train_detector", batch, ("detector.batch_size", n))
 
 
-def _detoxifier(cfg: Config, n: int) -> Need:
+def _detoxifier(cfg: Config, n: int, examples: Sequence[tuple[list[int], list[int]]], world: int) -> Need:
     d = cfg.detoxifier
-    length, answer = d.max_length + d.max_answer, d.max_answer
     model, mode = _fake(cfg, AutoModelForCausalLM)
     net = adapted(model, cfg, d.lora, "CAUSAL_LM")
     net.train()
+    lengths = [len(prompt) + len(target) for prompt, target in examples]
+    drawn = _drawn(Buckets(lengths, n, cfg.seed), steps_of(d.epochs, len(examples), n), world)
+    vocabulary = model.config.get_text_config().vocab_size / model.config.get_text_config().hidden_size
+
+    def cost(part: Sequence[int]) -> float:
+        return len(part) * max(lengths[i] for i in part) + vocabulary * sum(len(examples[i][1]) for i in part)
+
+    largest = max(drawn, key=cost)
+    rows, length = len(largest), max(lengths[i] for i in largest)
+    targets = sum(len(examples[i][1]) for i in largest)
 
     def step(net: Any) -> None:
-        hidden = model.base_model(input_ids=torch.zeros(n, length, dtype=torch.long), use_cache=False)[0]
-        logits = model.get_output_embeddings()(hidden[:, -answer:].flatten(0, 1))
-        sft_loss(token_logps(logits, torch.zeros(n * answer, dtype=torch.long)), 1).backward()
+        hidden = model.base_model(**_padded(rows, length), use_cache=False)[0]
+        logits = model.get_output_embeddings()(hidden.flatten(0, 1)[torch.zeros(targets, dtype=torch.long)])
+        sft_loss(token_logps(logits, torch.zeros(targets, dtype=torch.long)), 1).backward()
 
-    batch = f"{n} pairs of {length} tokens"
+    batch = f"{rows} pairs of {length} tokens, {targets} targets"
     return _need(model, mode, net, step, "train_detoxifier", batch, ("detoxifier.batch_size", n))
+
+
+def _drawn(buckets: Buckets, steps: int, world: int) -> list[list[int]]:
+    """Rank 0's share of the steps looked at."""
+    return [buckets(step)[::world] for step in range(min(steps, STEPS))]
+
+
+def _padded(rows: int, length: int) -> dict[str, torch.Tensor]:
+    """The mask is given as the attention takes it: to find out that there is padding one would look at values."""
+    mask = torch.zeros(rows, 1, length, length, dtype=torch.bool)
+    return {"input_ids": torch.zeros(rows, length, dtype=torch.long), "attention_mask": mask}
 
 
 def _fake(cfg: Config, kind: Any, **settings: Any) -> tuple[Any, FakeTensorMode]:
@@ -102,7 +145,7 @@ def _need(
         moments = [torch.zeros_like(p) for p in trained for _ in range(ADAM)]
         live.reset()
         step(net)
-        if trained:
+        if trained:  # the second step has gradients
             step(net)
         peak = live.peak
         del moments

@@ -64,8 +64,17 @@ def test_a_model_on_this_machine_describes_and_is_asked_once(tmp_path: Path, mon
     assert describe(settings) == found
 
 
-def test_the_form_that_a_model_repeats_is_no_part_of_the_scene(tmp_path: Path) -> None:
-    said = "Phrase: fold a kite\nScene: Two hands\nfold paper.\n\nPhrase: something else\nScene: no"
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Two hands\nfold paper.",
+        "Phrase: fold a kite\nScene: Two hands\nfold paper.\n\nPhrase: something else\nScene: no",
+        "Phrase: fold a kite\n\nTwo hands fold paper.",
+        "Phrase: Two hands fold paper.",
+        "Two hands fold paper.\nPhrase: something else",
+    ],
+)
+def test_the_form_that_a_model_repeats_is_no_part_of_the_scene(tmp_path: Path, said: str) -> None:
     with LoopbackServer(answer=lambda body: said) as server:
         api = Api(base_url=server.base_url, model="m", key_env="", cache_dir=str(tmp_path))
         assert set(describe(Scenes(source="api", api=api)).values()) == {"Two hands fold paper."}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 
+from callbacks.metrics_file import MetricsFile, read_rows
 from datamodules.control_samples import SynthesisJob
 from datamodules.synthesis_ticks import SynthesisDataModule
 from evaluation.phrases import words_of
@@ -119,6 +121,22 @@ def test_slots_refill_and_every_job_leaves_once() -> None:
     module = run(mllm, waiting, slots=3, max_steps=3, retries=0)
     assert sorted(o.job.id for o in module.outbox) == sorted(j.id for j in waiting)
     assert not module.busy
+
+
+def test_no_step_is_made_or_logged_when_nothing_is_left(tmp_path: Path) -> None:
+    """The loader draws a tick ahead, so one more comes after the last embedding is finished."""
+    quieten()
+    mllm = micro()
+    module = EmbeddingOptimizer(mllm, jobs(mllm, 2), slots=2, max_steps=4, retries=0, **SETTINGS)
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, logger=MetricsFile(tmp_path), log_every_n_steps=1, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, SynthesisDataModule(lambda: module.busy))
+    _, rows = read_rows(tmp_path / "metrics" / "metrics.csv")
+    assert [row["step"] for row in rows] == [str(step) for step in range(max(o.steps for o in module.outbox) + 1)]
+    assert float(rows[-1]["synthesis/finished"]) == 2
+    assert len({row["synthesis/loss"] for row in rows}) == len(rows)
 
 
 def test_an_interrupted_slot_continues_where_it_was() -> None:
