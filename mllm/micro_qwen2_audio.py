@@ -113,7 +113,8 @@ def start(model: Qwen2AudioForConditionalGeneration, ids: Mapping[str, int]) -> 
     model.lm_head.weight.copy_(model.model.language_model.embed_tokens.weight)  # the image model's are tied
     E = like_captions(4096, WIDTH)
     wanted = old(E)
-    fitted = torch.linalg.lstsq(torch.cat([E, torch.ones(len(E), 1)], 1), wanted).solution
+    # In double precision: LAPACK's rounding depends on where its arrays lie in memory, and a run must be repeatable.
+    fitted = torch.linalg.lstsq(torch.cat([E, torch.ones(len(E), 1)], 1).double(), wanted.double()).solution.float()
     projector = model.model.multi_modal_projector.linear
     projector.weight.copy_(fitted[:-1].T)
     projector.bias.copy_(fitted[-1])

@@ -1,122 +1,140 @@
-"""Models of a given shape without a hub: config.json, a tokenizer and a processor, and weights only where asked for.
+"""Models of a given shape without a hub.
 
-    python -m scripts.bench.shapes llava_1_5_7b FOLDER                # no weights: enough for plan=true
-    python -m scripts.bench.shapes llava_small FOLDER --weights       # random ones
+    python -m scripts.bench.shapes llava_1_5_7b FOLDER    # config.json, tokenizer, processor; no weights: for plan=true
+    python -m scripts.bench.shapes llava_small FOLDER     # with weights, 165 MB
 
     llava_1_5_7b   LLaVA 1.5 7B: CLIP-L/336, Llama 2 7B, 576 image tokens (https://huggingface.co/llava-hf/llava-1.5-7b-hf)
-    llava_small    the same picture (576 tokens) before a language model that two CPU cores can train: 42 M parameters
+    llava_small    576 image tokens, 8 layers of width 512, 42 M parameters: the embedded model, widened
 
-The vocabulary has 32,064 entries in both: the words `w0`, `w1`, ... and those of this project's prompts, so that a text
-of n words is a text of n tokens. Random weights say nothing about quality, and all about time and memory.
+`llava_small` computes what the embedded model computes (rows and columns of zeros, layers that add nothing, as in
+arXiv 1511.05641), so an embedding can be found for it and answers have an end, with the cost of a model of its shape:
+a matrix product does not look for zeros. Both have a vocabulary of 32,064: the embedded model's words, then `w162`,
+`w163`, ..., so that a text of n words is a text of n tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import (
     AutoModelForMultimodalLM,
+    AutoProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-from configs.schema import Prompts
-from datamodules.micro_world import records
-
-SIDE, PATCH, VOCABULARY = 336, 14, 32064
-TOWER_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-TOWER_SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-LLAMA_SMALL = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
-SHAPES = {"llava_1_5_7b": (TOWER_LARGE, LLAMA_7B, False), "llava_small": (TOWER_SMALL, LLAMA_SMALL, True)}
-"""Tower, language model, and whether the token embeddings are also the output layer."""
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<user>", "<assistant>"]
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<assistant>' if message['role'] == 'assistant' else '<user>' }} "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ eos_token }}{% endgeneration %}{% else %} {% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
-)
+MICRO = ROOT / "assets" / "micro_llava"
+VOCABULARY, SIDE = 32064, 24
+"""Tokens; image patches a side."""
+SHAPES = ("llava_1_5_7b", "llava_small")
 
 
 def config_of(name: str) -> LlavaConfig:
-    """Raises KeyError for an unknown shape."""
-    tower, llama, tied = SHAPES[name]
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=SIDE, patch_size=PATCH, projection_dim=768, **tower),
-        text_config=LlamaConfig(
-            vocab_size=VOCABULARY, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-            tie_word_embeddings=tied, **llama,
-        ),
-        image_token_index=SPECIAL.index("<image>"),
-        image_seq_length=(SIDE // PATCH) ** 2,
-        tie_word_embeddings=tied,
+    """Raises ValueError for an unknown shape."""
+    if name not in SHAPES:
+        raise ValueError(f"shape {name!r}: expected one of {', '.join(SHAPES)}")
+    if name == "llava_small":
+        config = LlavaConfig.from_pretrained(MICRO)
+        text = config.text_config
+        # RoPE turns by place in the head, so heads become more, not wider. RMSNorm takes its mean over more places.
+        text.rms_norm_eps *= text.hidden_size / 512
+        text.hidden_size, text.intermediate_size, text.num_hidden_layers = 512, 1376, 8
+        text.num_attention_heads = text.num_key_value_heads = 512 // text.head_dim
+        text.vocab_size, text.max_position_embeddings = VOCABULARY, 4096
+        text.layer_types = None
+        config.vision_config.image_size = SIDE * config.vision_config.patch_size
+        return config
+    tower = CLIPVisionConfig(
+        image_size=336, patch_size=14, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+        num_attention_heads=16, projection_dim=768,
     )  # fmt: skip
+    llama = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    token = LlavaConfig.from_pretrained(MICRO).image_token_index
+    return LlavaConfig(vision_config=tower, text_config=llama, image_token_index=token, image_seq_length=SIDE**2)
 
 
-def processor_of() -> LlavaProcessor:
-    """Its tokenizer splits at white space and punctuation and knows every word of the micro world."""
-    prompts = " ".join(str(value) for value in vars(Prompts()).values())
-    texts = [prompts, *(f"{r.question} {r.chosen} {r.rejected} {r.concept}" for r in records("train", 400, 400))]
-    words = sorted(set(re.findall(r"\w+|[^\w\s]+", " ".join(texts).lower())))
-    known = [*SPECIAL, *words]
-    known += [f"w{i}" for i in range(VOCABULARY - len(known))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
-    core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    core.decoder = decoders.WordPiece()
-    core.add_special_tokens([AddedToken(word, special=True, normalized=False, lstrip=True) for word in SPECIAL])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"}, padding_side="left", model_max_length=4096,
-    )  # fmt: skip
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+def processor_of(config: LlavaConfig) -> LlavaProcessor:
+    """The embedded model's, with more words and for larger pictures."""
+    processor = AutoProcessor.from_pretrained(MICRO)
+    tokenizer = processor.tokenizer
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = core["model"]["vocab"]
+    words.update({f"w{i}": i for i in range(len(words), VOCABULARY)})
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(core))
+    tokenizer.model_max_length = config.text_config.max_position_embeddings
+    side = config.vision_config.image_size
+    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return LlavaProcessor(
-        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        images, tokenizer, patch_size=config.vision_config.patch_size, chat_template=processor.chat_template,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
     )  # fmt: skip
 
 
 def random_model(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Any:
-    """Weights as transformers draws them for training from scratch."""
+    """Weights as transformers draws them for training from scratch: for time and memory alone."""
     torch.manual_seed(seed)
     with torch.device(device):
         return AutoModelForMultimodalLM.from_config(config_of(name), dtype=dtype).eval()
 
 
-def write(name: str, folder: Path, weights: bool) -> Path:
-    """Makes the folder, as `from_pretrained` and `model.path` take it."""
+@torch.no_grad()
+def widened() -> Any:
+    """`llava_small`."""
+    small = AutoModelForMultimodalLM.from_pretrained(MICRO, use_safetensors=True).eval()
+    large = AutoModelForMultimodalLM.from_config(config_of("llava_small"), dtype=torch.float32).eval()
+    given, width = small.state_dict(), small.config.text_config.hidden_size
+    for name, weight in large.state_dict().items():
+        weight.zero_()
+        if name not in given:
+            continue  # a further layer: zeros add nothing
+        part = given[name]
+        if "norm" in name and "language_model" in name:
+            part = part * (width / len(weight)) ** 0.5  # the mean of squares is smaller by as much
+        _corner(weight, part).copy_(part)
+    large.tie_weights()
+    large.generation_config = small.generation_config
+    return large
+
+
+def _corner(weight: Tensor, part: Tensor) -> Tensor:
+    return weight[tuple(slice(n) for n in part.shape)]
+
+
+def write(name: str, folder: Path) -> Path:
+    """Makes the folder, as `model.path` takes it; weights for `llava_small` alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    processor_of().save_pretrained(folder)
-    if weights:
-        random_model(name).save_pretrained(folder)
+    config = config_of(name)
+    processor_of(config).save_pretrained(folder)
+    if name == "llava_small":
+        widened().save_pretrained(folder)
     else:
-        text = config_of(name).to_json_string()
-        (folder / "config.json").write_text(json.dumps(json.loads(text) | {"dtype": "float32"}, indent=1) + "\n")
+        text = json.loads(config.to_json_string()) | {"dtype": "bfloat16"}
+        (folder / "config.json").write_text(json.dumps(text, indent=1) + "\n")
     return folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--weights", action="store_true", help="random ones, from seed 0")
     args = parser.parse_args()
-    print(write(args.shape, args.folder, args.weights))
+    print(write(args.shape, args.folder))
 
 
 if __name__ == "__main__":
