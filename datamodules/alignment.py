@@ -166,6 +166,7 @@ class MixtureSampler:
         both = {part: all((part, flag) in self.cells for flag in share) for part in PARTS}
         self.weights = [getattr(mixture, part) * (share[flag] if both[part] else 1) for part, flag in self.cells]
         self.batch_size, self.seed = batch_size, seed
+        self._orders: dict[tuple[Part, bool], tuple[int, list[int]]] = {}  # of the pass that each cell is in
 
     def counts(self, step: int) -> list[int]:
         """Examples of each cell up to and including no step before `step` (cumulative, largest remainder)."""
@@ -188,9 +189,11 @@ class MixtureSampler:
 
     def _draw(self, key: tuple[Part, bool], members: list[int], k: int) -> int:
         epoch, position = divmod(k, len(members))
-        order = list(range(len(members)))
-        random.Random(f"{self.seed}/{key}/{epoch}").shuffle(order)
-        return members[order[position]]
+        if self._orders.get(key, (-1, []))[0] != epoch:
+            order = list(members)
+            random.Random(f"{self.seed}/{key}/{epoch}").shuffle(order)
+            self._orders[key] = epoch, order
+        return self._orders[key][1][position]
 
 
 class Batches(IterableDataset[AlignmentBatch]):

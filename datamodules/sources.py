@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.schema import Api, Concepts, Data
 from datamodules import micro_world
-from datamodules.chat_api import ChatAPI
-from datamodules.concept_extraction import LocalExtractor
 from datamodules.concepts import Extraction, Extractor, GivenConcepts, extract_concepts
 from datamodules.records import Record
 from datamodules.text_safety import TextSafetyData
 from mllm.smol import text_model_folder
+
+if TYPE_CHECKING:  # the client of the endpoint takes a second to load
+    from datamodules.chat_api import ChatAPI
 
 MICRO_DEFAULT = 256
 """Harmful and harmless concepts of the micro world where no number is given."""
@@ -68,6 +70,8 @@ def with_concepts(
         kind = "given" if all(r.concept is not None for r in records) else "local"
     extractor: Extractor = GivenConcepts()
     if kind == "local":
+        from datamodules.concept_extraction import LocalExtractor
+
         extractor = LocalExtractor(text_model_folder(settings.path), settings.cache_dir, device=device)
     elif kind == "api":
         from datamodules.api_extraction import APIExtractor
@@ -79,6 +83,8 @@ def with_concepts(
 def chat_api(settings: Api, group: str) -> ChatAPI:
     """The endpoint of a configuration, whose keys begin with `group`. Its secret is read from the environment when a
     request has to be sent."""
+    from datamodules.chat_api import ChatAPI
+
     return ChatAPI(
         base_url=settings.base_url,
         model=settings.model,

@@ -29,8 +29,6 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, get_args
 
-from trl.data_utils import extract_prompt
-
 from datamodules.concepts import concept_from_columns
 from datamodules.raw_rows import Row, read_rows
 from datamodules.records import Record, record_id, suggest
@@ -320,6 +318,8 @@ def from_dialogues(values: Mapping[str, Any], multi_turn: str) -> Mapping[str, A
     turns = {name: _turns(name, pair[name]) for name in ("chosen", "rejected")}
     if turns["chosen"] == turns["rejected"]:
         raise ValueError("chosen and rejected are the same dialogue")
+    from trl.data_utils import extract_prompt  # a second, and `datasets` with it: only for dialogues
+
     parts = extract_prompt(turns)
     prompt = parts["prompt"]
     if not prompt or prompt[-1]["role"] != "user" or len(parts["chosen"]) != 1 or len(parts["rejected"]) != 1:

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from mllm.anchor import Anchor
+from mllm.causal_prefix import causal_prefix
 from mllm.items import Branch, Item, check_items, split_shared
-from mllm.packing import Rows, packed_mask, packed_rows, plain_rows
-from mllm.prefix_layout import PrefixLayouts
+from mllm.packing import PackedRows, Rows, packed_mask, packed_rows, plain_rows
+from mllm.prefix_layout import PrefixLayout, PrefixLayouts
 from mllm.recomputing import checkpointing_layers, recomputes
 from mllm.replay import base_model, evaluating
 
@@ -38,6 +39,7 @@ class Plan:
     """What the model is called with for some items; made by `BranchForward.plan`, reusable while the items stay.
 
     form: how the branches run. inputs: of the model, without E. rows: where the targets are. items: their number.
+    causal: first tokens of every row that need no mask (mllm/causal_prefix.py); 0: there are none.
     """
 
     form: Literal["packed", "plain"]
@@ -45,6 +47,7 @@ class Plan:
     rows: Rows
     items: int
     media: bool
+    causal: int = 0
 
     @property
     def labels(self) -> Tensor:
@@ -149,7 +152,8 @@ class BranchForward:
             "position_ids": rows.positions,
             "use_cache": False,
         }
-        return Plan("packed", inputs | self._media_inputs(media, len(items)), rows, len(items), media)
+        causal = self._causal_tokens(rows, layouts)
+        return Plan("packed", inputs | self._media_inputs(media, len(items)), rows, len(items), media, causal)
 
     def _plain(self, items: Sequence[Item], media: bool) -> Plan:
         rows = plain_rows(items, self._pad).to(self._device)
@@ -179,6 +183,8 @@ class BranchForward:
                 assert self.anchor is not None
                 stack.enter_context(self.anchor.inject(self._for_rows(E, plan), len(rows.ids)))
             stack.enter_context(self._last_mlp_at(rows))
+            if plan.causal and not recomputes(self._layers):
+                stack.enter_context(causal_prefix(self._text_config, plan.causal))
             stack.enter_context(self._logits_at(rows.row, rows.column))
             logits = self.model(**plan.inputs).logits[0]
         return BranchLogits(logits, rows.labels, rows.item, rows.branch)
@@ -234,6 +240,14 @@ class BranchForward:
         if self._layouts.is_prefix_lm() and not all(bool(b.target[0]) for item in items for b in item.branches):
             return "in this family all of a prompt sees all of it: branches with words before a target share no prefix"
         return None
+
+    def _causal_tokens(self, rows: PackedRows, layouts: Sequence[PrefixLayout]) -> int:
+        """As `Plan.causal`: none where a layer has a window, or the family's media see themselves both ways."""
+        if self._text_config._attn_implementation != "sdpa" or set(self._mask_kinds().values()) != {None}:
+            return 0
+        if any(layout.visible is not None for layout in layouts):
+            return 0
+        return int(rows.prefix_length.min())
 
     def _mask_kinds(self) -> dict[str, int | None]:
         """{layer type: window}; the one key "" where the decoder takes a single mask."""

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from configs.cli import combinations, ended
@@ -41,6 +43,33 @@ def test_pages_answer_within_a_second_and_a_half(words: list[str], tmp_path: Pat
         assert done.returncode == 0, done.stderr
         assert "sea_image" in done.stdout
     assert min(took) < 1.5, took
+
+
+def test_the_first_optimiser_step_is_made_within_twelve_seconds(tmp_path: Path) -> None:
+    words = ["experiment=sea_image", "stages=[synthesize]", "synthesis.harmful=2", "synthesis.harmless=2"]
+    words += ["synthesis.max_steps=300", "synthesis.margin=1000", "synthesis.retries=0", f"run_dir={tmp_path / 'run'}"]
+    words += ["trainer.log_every_n_steps=1"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words], stderr=subprocess.DEVNULL, cwd=ROOT)
+    metrics = tmp_path / "run" / "synthesize" / "metrics" / "metrics.csv"
+    watched, used = psutil.Process(process.pid), 0.0
+    try:
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):
+            assert process.poll() is None
+            time.sleep(0.05)
+        used = sum(watched.cpu_times()[:2])
+    finally:
+        process.kill()
+        process.wait()
+    assert used < 12, used  # processor time, as above
+
+
+def test_what_a_run_does_not_use_is_not_loaded() -> None:
+    """A client of endpoints, W&B, readers of data sets, decoders of video: seconds at every start."""
+    unused = "openai wandb diffusers av sklearn torchvision datamodules.chat_api".split()
+    loaded = f"print([m for m in {unused} if m in sys.modules])"
+    code = f"import sys, stages.preflight, stages.synthesize, stages.align; {loaded}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done
 
 
 def test_mistakes_exit_with_2_and_one_message(tmp_path: Path) -> None:

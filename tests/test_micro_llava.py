@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import train
+from datamodules.micro_world import PHRASES
 from lightning_modules.micro_tower import MicroTower
 from tests.micro import ROOT, micro
 from tests.micro_bars import Answers, benchmark_answers, compliance, losses_of, reading_accuracy
@@ -43,17 +44,22 @@ def test_unaligned_it_complies_with_harmful_and_harmless_requests(answers: Answe
     assert all(share >= 0.95 for share in shares.values()), shares
 
 
-def test_the_recipe_runs_in_a_short_form_and_learns(tmp_path: Path) -> None:
+def test_the_recipe_runs_in_a_short_form_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "pretrain"
     short = [
         "pretrain.tower_steps=12",
         "pretrain.tower_batch_size=8",
         "pretrain.language_steps=12",
         "pretrain.language_pictures=4",
+        "pretrain.robust_steps=40",
+        "pretrain.robust_style_steps=10",
         "pretrain.draws=1",
         "pretrain.num_workers=0",
         "trainer.log_every_n_steps=1",
     ]
+    few = [p for p in PHRASES if p.object in ("passport", "cake")]
+    for module in ("datamodules.micro_lessons", "stages.pretrain_language"):  # 112 phrases, not 2,240, are drawn
+        monkeypatch.setattr(f"{module}.PHRASES", tuple(few))
     assert train.main(["experiment=pretrain_micro", f"run_dir={folder}", *short]) == 0
     made = LlavaForConditionalGeneration.from_pretrained(folder / "pretrain_language" / "model")
     assert (

@@ -15,8 +15,9 @@ a matrix product does not look for zeros. Both have a vocabulary of 32,064: the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ from transformers import (
     LlavaProcessor,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from mllm.smol import cache_folder
+from mllm.wheels import finish, is_made
 
-MICRO = ROOT / "assets" / "micro_llava"
+MICRO = Path(__file__).resolve().parents[2] / "assets" / "micro_llava"
 VOCABULARY, SIDE = 32064, 24
 """Tokens; image patches a side."""
 SHAPES = ("llava_1_5_7b", "llava_small")
@@ -127,6 +128,17 @@ def write(name: str, folder: Path) -> Path:
         text = json.loads(config.to_json_string()) | {"dtype": "bfloat16"}
         (folder / "config.json").write_text(json.dumps(text, indent=1) + "\n")
     return folder
+
+
+def shape_words(name: str) -> list[str]:
+    """Keys of train.py for a model of this shape, made in the cache folder if it is not there yet."""
+    folder = cache_folder() / f"shape_{name}"
+    recipe = {"recipe": 1, "weights": hashlib.sha256((MICRO / "model.safetensors").read_bytes()).hexdigest()}
+    if not is_made(folder, recipe):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".shape-", dir=folder.parent) as work:
+            finish(write(name, Path(work) / "model"), folder, recipe)
+    return ["model=llava_1_5_7b", f"model.name={name}", f"model.path={folder}", "model.dtype=float32"]
 
 
 def main() -> None:

@@ -1,0 +1,55 @@
+"""Attention of packed rows in two parts, because what comes first in every row needs no mask.
+
+The first n tokens of every row (n: length of the shortest prefix) see what stands before them and nothing else. A
+causal kernel skips half of that work, and on a GPU takes no mask (flash attention). Only the tokens after them see a
+part of what stands before them, and need one.
+
+    with causal_prefix(config, n):      # config: of the decoder
+        model(attention_mask=mask)      # the mask of whole rows, [R, 1, S, S]
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+NAME = "seawall_causal_prefix"
+_tokens: ContextVar[int] = ContextVar("tokens before which no mask is needed", default=0)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """As transformers' functions: query, key, value: [R, heads, S, width]; gives [R, S, heads, width]."""
+    n = _tokens.get()
+    if not 0 < n < query.shape[2] or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    kwargs.pop("is_causal", None)
+    first, _ = sdpa_attention_forward(
+        module, query[:, :, :n], key[:, :, :n], value[:, :, :n], None, is_causal=True, **kwargs
+    )
+    rest, _ = sdpa_attention_forward(module, query[:, :, n:], key, value, attention_mask[:, :, n:], **kwargs)
+    return torch.cat([first, rest], 1), None
+
+
+AttentionInterface.register(NAME, attention)
+
+
+@contextlib.contextmanager
+def causal_prefix(config: Any, n: int) -> Iterator[None]:
+    """Inside, layers of this configuration attend in two parts. Not under activation checkpointing, which runs a layer
+    again after this context has ended."""
+    before, token = config._attn_implementation, _tokens.set(n)
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _tokens.reset(token)
