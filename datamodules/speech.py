@@ -21,6 +21,7 @@ import difflib
 import functools
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -211,8 +212,15 @@ def synthesize_all(utterances: Sequence[Utterance], rate: int | None = None) -> 
     """
     for utterance in utterances:
         _check(utterance)
-    with _lock, _Engine() as engine:
-        return [_speech(u, *engine.speak(u.text, u.voice, u.speed, u.pitch), engine.rate, rate) for u in utterances]
+
+    def speak() -> list[Speech]:
+        with _lock, _Engine() as engine:
+            return [_speech(u, *engine.speak(u.text, u.voice, u.speed, u.pitch), engine.rate, rate) for u in utterances]
+
+    # In a thread of its own: Python runs signal handlers in the main thread alone. What a handler raises (Ctrl-C, the
+    # end of a job) inside of the library's callback would be lost, and 60 ms of speech with it.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(speak).result()
 
 
 def _speech(

@@ -1,19 +1,18 @@
 """From words to token ids, the same way everywhere: synthesis, alignment, verification, evaluation.
 
-The text goes through the model's own chat template (TRL's `apply_chat_template` splits prompt from completion) and the
-processor expands the media placeholder with a *blank* image, video or audio, so that the ids hold as many media tokens
-as E has positions. No model family is special-cased.
+The text goes through the model's own chat template, and the processor expands the media placeholder with a *blank*
+image, video or audio, so that the ids hold as many media tokens as E has positions. No model family is special-cased.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import ProcessorMixin
-from trl import apply_chat_template
 
 
 def conversation(question: str, media: str | None, system: str | None = None) -> list[dict[str, Any]]:
@@ -51,7 +50,7 @@ class PromptEncoder:
     def text(self, question: str, media: bool) -> str:
         """The prompt as text, ready for the answer."""
         messages = conversation(question, self.modality if media else None, self.system)
-        return apply_chat_template({"prompt": messages}, self.processor)["prompt"]
+        return self._rendered(messages, add_generation_prompt=True)
 
     def prompt(self, question: str, media: bool) -> torch.Tensor:
         """Prompt ids, int64 [L]."""
@@ -61,9 +60,12 @@ class PromptEncoder:
         """Ids of prompt + answer, int64 [L], and a mask, bool [L], True on the answer and the token ending it."""
         messages = conversation(question, self.modality if media else None, self.system)
         completion = [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        text = apply_chat_template({"prompt": messages, "completion": completion}, self.processor)
-        prompt = self._encode(text["prompt"], media)
-        full = self._encode(text["prompt"] + text["completion"], media)
+        whole = self._rendered(messages + completion)
+        # A template may begin an answer in another way than it shows one: what both share is the prompt.
+        begun = os.path.commonprefix(  # noqa: RUF071 (of characters, as it should be)
+            [self._rendered(messages, add_generation_prompt=True), whole]
+        )
+        prompt, full = self._encode(begun, media), self._encode(whole, media)
         # A tokenizer may merge across the border: the prompt is what both share.
         n = min(len(prompt), len(full))
         different = (prompt[:n] != full[:n]).nonzero()
@@ -76,6 +78,12 @@ class PromptEncoder:
         target = torch.zeros(len(full), dtype=torch.bool)
         target[start:] = True
         return full, target
+
+    def _rendered(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        text: str = self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return text
 
     def blank_inputs(self, question: str) -> dict[str, torch.Tensor]:
         """What the processor makes of a prompt over the blank: the input of `Anchor.record`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -78,6 +79,34 @@ def test_another_process_speaks_the_same() -> None:
     runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True) for _ in range(2)]
     assert runs[0].stdout == runs[1].stdout
     assert len(runs[0].stdout) == 65, runs[0].stderr
+
+
+def test_a_signal_while_it_speaks_is_heard_and_costs_no_speech() -> None:
+    """What a handler raised inside of the library's callback was lost, and the samples of that callback with it."""
+
+    class Told(Exception):
+        pass
+
+    def told(*_: object) -> None:
+        raise Told
+
+    whole = [synthesize("paint the wooden fence", pitch=pitch).samples for pitch in range(40, 60)]
+    before, heard, rng = signal.signal(signal.SIGALRM, told), 0, random.Random(0)
+    try:
+        for _ in range(15):
+            for pitch, expected in zip(range(40, 60), whole, strict=True):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 1.5e-2))
+                    found = synthesize("paint the wooden fence", pitch=pitch).samples
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except Told:
+                    heard += 1
+                    continue
+                assert np.array_equal(found, expected)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert heard > 30
 
 
 def test_resampling_keeps_the_length_in_seconds() -> None:
