@@ -17,7 +17,8 @@ DPOLossType = Literal["sigmoid", "ipo", "hinge", "robust"]
 
 def token_logps(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
     """Log-probability of each label, [T], in fp32."""
-    return -F.cross_entropy(logits_TV.float(), labels_T, reduction="none")
+    logits = logits_TV.float()
+    return logits.gather(-1, labels_T[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def sequence_logps(logp_T: torch.Tensor, sequence_T: torch.Tensor, n: int) -> torch.Tensor:

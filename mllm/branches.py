@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.anchor import Anchor
-from mllm.causal_prefix import causal_prefix
+from mllm.causal_prefix import WORTH_SPLITTING, causal_prefix
 from mllm.items import Branch, Item, check_items, split_shared
 from mllm.packing import PackedRows, Rows, packed_mask, packed_rows, plain_rows
 from mllm.prefix_layout import PrefixLayout, PrefixLayouts
@@ -247,7 +247,8 @@ class BranchForward:
             return 0
         if any(layout.visible is not None for layout in layouts):
             return 0
-        return int(rows.prefix_length.min())
+        shortest = int(rows.prefix_length.min())
+        return shortest if shortest >= WORTH_SPLITTING else 0
 
     def _mask_kinds(self) -> dict[str, int | None]:
         """{layer type: window}; the one key "" where the decoder takes a single mask."""

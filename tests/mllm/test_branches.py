@@ -15,6 +15,7 @@ import transformers as hf
 from torch import Tensor
 
 import mllm.branches
+import mllm.causal_prefix
 from mllm.anchor import Anchor
 from mllm.branches import Branch, BranchForward, BranchLogits, Item, split_shared
 from mllm.recomputing import checkpointing_layers, recompute_activations
@@ -104,14 +105,37 @@ def llava() -> Case:
     return Case(BY_NAME["llava"], *BY_NAME["llava"].recorded())
 
 
+def test_a_prefix_that_needs_no_mask_attends_apart(llava: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which families do is found out; that it is right is compared below, for each."""
+    forward, items = BranchForward(llava.model, llava.anchor), llava.items()
+    assert forward.plan(items).causal == 0  # too short to be worth it
+    monkeypatch.setattr(mllm.branches, "WORTH_SPLITTING", 1)
+    plan = forward.plan(items)
+    assert plan.causal == min(len(item.prefix) for item in items)
+    seen: list[tuple[int, int]] = []
+    inner = mllm.causal_prefix.sdpa_attention_forward
+
+    def noted(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> Any:
+        seen.append((query.shape[2], 0 if mask is None else mask.shape[2]))
+        return inner(module, query, key, value, mask, **more)
+
+    monkeypatch.setattr(mllm.causal_prefix, "sdpa_attention_forward", noted)
+    forward(plan, concatenate(llava.embeddings(3)))
+    S = plan.inputs["input_ids"].shape[1]
+    assert set(seen) == {(plan.causal, 0), (S - plan.causal, S - plan.causal)}
+    assert llava.model.config.get_text_config()._attn_implementation == "sdpa"  # as it was
+
+
 # ------------------------------------------------------------------------------------------------ every family
-def test_packed_equals_plain_equals_every_sequence_alone(case: Case) -> None:
+def test_packed_equals_plain_equals_every_sequence_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, items, Es = BranchForward(case.model, case.anchor), case.items(), case.embeddings(3)
     expected = case.alone(items, Es)
     gradients = case.gradients(expected, Es)
-    for shared, form in ((True, "packed"), (False, "plain")):
+    for shared, form, in_two_parts in ((True, "packed", True), (True, "packed", False), (False, "plain", False)):
+        monkeypatch.setattr(mllm.branches, "WORTH_SPLITTING", 1 if in_two_parts else 10**6)
         plan = forward.plan(items, shared=shared)
         assert plan.form == form
+        assert plan.causal == 0 or in_two_parts
         got = forward(plan, concatenate(Es))
         assert_same(got, expected)
         for g, want in zip(case.gradients(got, Es), gradients, strict=True):
