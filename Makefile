@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slurm test-wandb check format bench bench-guard golden smol minilm detector clean
+.PHONY: help env demo test test-slurm test-wandb check format bench bench-gpu bench-guard golden smol minilm detector clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,9 +48,18 @@ format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## embeddings per second against the plain reading of the paper, then what the guard costs
+bench: $(STAMP) ## speed against the peers, in one run each (CPU, about an hour): docs/performance.md
 	$(BIN)/python scripts/bench/synthesis.py $(ARGS)
+	$(BIN)/python scripts/bench/synthesis.py llava_small --slots 4 --concepts 4 --plain 2
+	$(BIN)/python scripts/bench/aligners.py
+	$(BIN)/python scripts/bench/detector.py
+	$(BIN)/python scripts/bench/evaluation.py
+	$(BIN)/python scripts/bench/store_index.py
 	$(MAKE) bench-guard
+
+bench-gpu: $(STAMP) ## synthesis at LLaVA 1.5 7B's shape, random weights, bfloat16 (one CUDA GPU of 80 GB)
+	$(BIN)/python scripts/bench/gpu.py $(ARGS)
+	$(BIN)/python scripts/bench/gpu.py --slots 2 --budget 24
 
 bench-guard: smol ## cost of the guard's scoring, and 200 concurrent streams (DETECTOR=DIR)
 	$(BIN)/python scripts/bench/guard.py smol_llava --backbone smollm2 --layers 15 20 $(ARGS)

@@ -34,6 +34,8 @@ from transformers import (
     LlavaProcessor,
 )
 
+from configs.schema import Model
+from mllm.loading import MLLM, assemble
 from mllm.smol import cache_folder
 from mllm.wheels import finish, is_made
 
@@ -128,6 +130,12 @@ def write(name: str, folder: Path) -> Path:
         text = json.loads(config.to_json_string()) | {"dtype": "bfloat16"}
         (folder / "config.json").write_text(json.dumps(text, indent=1) + "\n")
     return folder
+
+
+def assembled(name: str, spec: Model, dtype: torch.dtype, device: torch.device) -> MLLM:
+    """The model in memory, as `mllm.loading.load` gives it; nothing is written."""
+    model = widened().to(device, dtype) if name == "llava_small" else random_model(name, dtype, str(device))
+    return assemble(model, processor_of(config_of(name)), spec)
 
 
 def shape_words(name: str) -> list[str]:
