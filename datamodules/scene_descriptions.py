@@ -89,10 +89,13 @@ def scene_descriptions(
 
 def _bare(text: str) -> str:
     """The description on one line, without the form that small models repeat around it."""
-    head, _, scene = text.partition("Scene:")
-    if not scene.strip():  # "Phrase: ..." and then the description, or all of it in the phrase's place
-        line, _, rest = head.strip().removeprefix("Phrase:").partition("\n")
-        scene = rest if head.strip().startswith("Phrase:") and rest.strip() else f"{line}\n{rest}"
+    text = text.strip()
+    if not text.startswith(("Phrase:", "Scene:")):
+        return " ".join(text.split("Phrase:", 1)[0].split())
+    head, found, scene = text.partition("Scene:")
+    if not found:  # the description after the phrase, or in its place
+        line, _, rest = head.removeprefix("Phrase:").strip().partition("\n")
+        scene = rest if rest.split("Phrase:", 1)[0].strip() else line
     return " ".join(scene.split("Phrase:", 1)[0].split())
 
 

@@ -140,7 +140,7 @@ class BranchForward:
             raise ValueError("plan_text: got an item with media=True, expected text only; use plan()")
         return self.plan(items, shared)
 
-    def _packed(self, items: Sequence[Item], media: bool) -> Plan:
+    def _packed(self, items: Sequence[Item], media: bool, trial: bool = False) -> Plan:
         layouts = self._layouts.get([item.prefix for item in items], media)
         rows = packed_rows(items, layouts, self._pad).to(self._device)
         masks = {
@@ -152,7 +152,7 @@ class BranchForward:
             "position_ids": rows.positions,
             "use_cache": False,
         }
-        causal = self._causal_tokens(rows, layouts)
+        causal = self._causal_tokens(rows, layouts, 1 if trial else WORTH_SPLITTING)
         return Plan("packed", inputs | self._media_inputs(media, len(items)), rows, len(items), media, causal)
 
     def _plain(self, items: Sequence[Item], media: bool) -> Plan:
@@ -184,7 +184,8 @@ class BranchForward:
                 stack.enter_context(self.anchor.inject(self._for_rows(E, plan), len(rows.ids)))
             stack.enter_context(self._last_mlp_at(rows))
             if plan.causal and not recomputes(self._layers):
-                stack.enter_context(causal_prefix(self._text_config, plan.causal))
+                mask = plan.inputs["attention_mask"]
+                stack.enter_context(causal_prefix(self._text_config, plan.causal, mask))
             stack.enter_context(self._logits_at(rows.row, rows.column))
             logits = self.model(**plan.inputs).logits[0]
         return BranchLogits(logits, rows.labels, rows.item, rows.branch)
@@ -241,14 +242,18 @@ class BranchForward:
             return "in this family all of a prompt sees all of it: branches with words before a target share no prefix"
         return None
 
-    def _causal_tokens(self, rows: PackedRows, layouts: Sequence[PrefixLayout]) -> int:
+    def _causal_tokens(self, rows: PackedRows, layouts: Sequence[PrefixLayout], least: int) -> int:
         """As `Plan.causal`: none where a layer has a window, or the family's media see themselves both ways."""
-        if self._text_config._attn_implementation != "sdpa" or set(self._mask_kinds().values()) != {None}:
+        config = self._text_config
+        if config._attn_implementation != "sdpa" or self._mask_kinds() != {"": None}:
             return 0
         if any(layout.visible is not None for layout in layouts):
             return 0
+        grouped = getattr(config, "num_key_value_heads", None) != getattr(config, "num_attention_heads", None)
+        if grouped and self._device.type == "cuda" and self._dtype == torch.float32:
+            return 0  # without a mask transformers asks for grouped heads, for which torch has no such kernel there
         shortest = int(rows.prefix_length.min())
-        return shortest if shortest >= WORTH_SPLITTING else 0
+        return shortest if shortest >= least else 0
 
     def _mask_kinds(self) -> dict[str, int | None]:
         """{layer type: window}; the one key "" where the decoder takes a single mask."""
@@ -274,7 +279,7 @@ class BranchForward:
         E = self.anchor.E0_by_path if media and self.anchor is not None else None
         with evaluating(self.base), torch.no_grad():
             try:
-                packed = self(self._packed(items, media), E).logits.float()
+                packed = self(self._packed(items, media, trial=True), E).logits.float()
             except (RuntimeError, ValueError, TypeError) as error:
                 self.packed_off = f"the packed form fails for this model ({type(error).__name__}: {error})"
                 return

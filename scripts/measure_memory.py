@@ -49,7 +49,7 @@ def compare(words: list[str], steps: int = 4) -> list[tuple[str, int, int]]:
     with tempfile.TemporaryDirectory() as folder:
         words = last_wins(*FEW, *few, *words, f"run_dir={Path(folder) / 'run'}")
         cfg = compose(words).config
-        expected = [row.need for row in needs(cfg, place_of(cfg))]
+        expected = [row.need for row in needs(cfg, place_of(cfg)) if not row.need.stage.endswith("scores")]
         seen: list[int] = []
         originals = L.Trainer.fit, L.Trainer.predict
 

@@ -88,9 +88,9 @@ def needs(cfg: Config, place: Place) -> list[Row]:
             length, prompts = prompt_length(model, cfg)
             n = min(cfg.evaluate.batch_size, prompts)
             rows.append(_fitted(place, n, lambda n: evaluation(model, cfg, length, n)))
-    for size, need in text_model_needs(cfg, place.world):
+    for size, least, need in text_model_needs(cfg, place.world):
         _tell("the text model")
-        rows.append(_fitted(place, size, need))
+        rows.append(_fitted(place, size, need, least))
     return rows
 
 
@@ -157,16 +157,16 @@ def _align(model: Outline, cfg: Config, place: Place, name: str, records: Sequen
     return need
 
 
-def _fitted(place: Place, n: int, need_of: Callable[[int], Need]) -> Row:
-    """Of what does not fit, the largest of n/2, n/4, ... that does. What is beside the weights grows in proportion at
+def _fitted(place: Place, n: int, need_of: Callable[[int], Need], least: int = 1) -> Row:
+    """Of what does not fit, the largest of n/2, n/4, ... (`least` or more) that does. What is beside the weights grows in proportion at
     most, so the search begins where that would fit."""
     need, room = need_of(n), place.there - beside(place)
     if need.peak <= room:
         return Row(need, None)
     smaller = n // 2
-    while smaller > 1 and need.weights + (need.peak - need.weights) * smaller / n > room:
+    while smaller > least and need.weights + (need.peak - need.weights) * smaller / n > room:
         smaller //= 2
-    while smaller >= 1:
+    while smaller >= least:
         if (less := need_of(smaller)).peak <= room:
             return Row(need, (smaller, less))
         smaller //= 2

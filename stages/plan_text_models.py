@@ -27,8 +27,9 @@ from stages.text_training import adapted, question_parts, steps_of
 Step = Callable[[Any], None]
 
 
-def text_model_needs(cfg: Config, world: int) -> Iterator[tuple[int, Callable[[int], Need]]]:
-    """(present size of a batch, what a batch of another size takes) of each such stage in the run.
+def text_model_needs(cfg: Config, world: int) -> Iterator[tuple[int, int, Callable[[int], Need]]]:
+    """(present size of a batch, the smallest possible, what a batch of another size takes) of each such stage in the run.
+    Under FSDP2 as under DDP: whole weights on each rank.
 
     Raises:
         ValueError: the data, the backbone's config.json or its tokenizer are not at hand.
@@ -40,15 +41,16 @@ def text_model_needs(cfg: Config, world: int) -> Iterator[tuple[int, Callable[[i
         parts = {part: encode_questions(pairs, template.encode) for part, pairs in question_parts(cfg).items()}
         longest = max(q.length for part in parts.values() for q in part)
         if d.layers:
-            yield d.score_batch_size, lambda n: _read(cfg, n, longest)
+            yield d.score_batch_size, 1, lambda n: _read(cfg, n, longest)
         else:
-            yield d.batch_size, lambda n: _detector(cfg, n, parts["train"], longest, world)
+            yield d.batch_size, world, lambda n: _detector(cfg, n, parts["train"], world)
+            yield d.score_batch_size, 1, lambda n: _scoring(cfg, n, longest)
     if "train_detoxifier" in cfg.stages:
         tokenizer = load_tokenizer(backbone_folder(cfg.backbone.path), cfg.backbone.revision)
         template = QATemplate(x.template, tokenizer, x.max_length, x.max_question)
         pairs = question_parts(cfg)["train"]
         examples = [encode_rewriting(e, template, tokenizer, x.max_answer) for e in rewritings(pairs, x.refusal)]
-        yield x.batch_size, lambda n: _detoxifier(cfg, n, examples, world)
+        yield x.batch_size, world, lambda n: _detoxifier(cfg, n, examples, world)
 
 
 def _read(cfg: Config, n: int, longest: int) -> Need:
@@ -64,8 +66,21 @@ def _read(cfg: Config, n: int, longest: int) -> Need:
     )
 
 
-def _detector(cfg: Config, n: int, train: Sequence[QuestionTexts], longest: int, world: int) -> Need:
-    """A training step, and the scoring of as many of the longest texts as `detector.score_batch_size` says."""
+def _scoring(cfg: Config, n: int, longest: int) -> Need:
+    """What the finished detector makes of n of the longest texts."""
+    model, mode = _fake(cfg, AutoModelForSequenceClassification, num_labels=1)
+
+    def step(model: Any) -> None:
+        with torch.no_grad():
+            model(**_padded(n, longest))
+
+    batch = f"{n} texts of {longest} tokens"
+    lower = ("detector.score_batch_size", n)
+    return _need(model.eval(), mode, model, step, "train_detector, scores", batch, lower)
+
+
+def _detector(cfg: Config, n: int, train: Sequence[QuestionTexts], world: int) -> Need:
+    """A training step."""
     d = cfg.detector
     model, mode = _fake(cfg, AutoModelForSequenceClassification, num_labels=1)
     net = adapted(model, cfg, d.lora, "SEQ_CLS")
@@ -76,8 +91,6 @@ def _detector(cfg: Config, n: int, train: Sequence[QuestionTexts], longest: int,
     rows, length = max(shapes, key=lambda shape: shape[0] * shape[1])
 
     def step(net: Any) -> None:
-        with torch.no_grad():
-            net(**_padded(d.score_batch_size, longest))
         net(**_padded(rows, length)).logits.sum().backward()
 
     batch = f"{n} questions, {rows} texts of {length} tokens"
@@ -110,8 +123,10 @@ def _detoxifier(cfg: Config, n: int, examples: Sequence[tuple[list[int], list[in
 
 
 def _drawn(buckets: Buckets, steps: int, world: int) -> list[list[int]]:
-    """Rank 0's share of the steps looked at."""
-    return [buckets(step)[::world] for step in range(min(steps, STEPS))]
+    """The ranks' shares of the steps looked at, one pass at least: batches are of like lengths. A later pass may draw a
+    somewhat larger one."""
+    looked_at = range(min(steps, max(STEPS, buckets.per_epoch)))
+    return [part for step in looked_at for rank in range(world) if (part := buckets(step)[rank::world])]
 
 
 def _padded(rows: int, length: int) -> dict[str, torch.Tensor]:

@@ -5,8 +5,9 @@
 A model of 42 M parameters with random weights (vocabulary 32,064, 8 layers of width 512); `--questions` questions with
 a harmless and a harmful answer, lengths drawn from a log-normal distribution (median 90 tokens, sigma 0.7, at most
 512). Everybody computes each of the texts once, forward and backward, in batches of as many texts, with the same PEFT
-model; the peers' own collators and samplers make their batches. Peers are run as they come, and once more with
-`group_by_length` (which is not their default). CPU time of a pass, after a warm-up.
+model; the peers' own collators and samplers make their batches. The Trainer is run as it comes, and once more with
+`group_by_length` (not its default). CPU time of a pass, after a warm-up; ours first and last, its mean counts. Ours is
+a bare loop over module and batches, the peers' `train()` has their own loop around it.
 
 Equal losses: on one batch, BCE equals the Trainer's (`problem_type="multi_label_classification"`, its mean over one
 output), and the pairwise part of the loss equals RewardTrainer's, both to 1e-5.
@@ -107,6 +108,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()
+    if args.questions % (args.batch // 2):
+        parser.error(f"--questions: a multiple of {args.batch // 2} (half of --batch), or a pass leaves some out")
     torch.set_num_threads(args.threads)
     quieten()
     questions, net, clock = texts(args.questions), classifier(), Clock(torch.device("cpu"))

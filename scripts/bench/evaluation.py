@@ -5,7 +5,7 @@
 Both answer the same prompts greedily with the same model and as many new tokens; half of the prompts have a picture.
 What is timed is what `evaluate` does (batches of like length, `Trainer.predict`, rows on the disk) and the loop with
 the processor's call in it. The loop answers an evenly spread part (`--loop`), in two halves, before and after the
-batches. Answers must be equal, word for word, but for what rounding decides: their number is printed.
+batches. How many answers are equal, word for word, is printed: rounding may decide some.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def main() -> None:
     cfg = compose(["experiment=sea_image", *words, "trainer.accelerator=cpu"]).config
     mllm, new = load(cfg.model), cfg.evaluate.max_new_tokens
     prompts, rules = chosen(benchmark_prompts(cfg), args.prompts), media_rules(cfg, mllm)
-    part = prompts[:: max(1, len(prompts) // args.loop)][: args.loop]
+    n = min(args.loop, len(prompts))
+    part = [prompts[i * len(prompts) // n] for i in range(n)]
     clock = Clock(torch.device("cpu"))
 
     def batches() -> dict[str, str]:

@@ -5,7 +5,8 @@
 Prints seconds for an embedding (all slots' steps, divided by the slots), model FLOPs utilisation against the fastest
 matrix product that this GPU does, and the peak of its allocator. `--budget` (GB) makes the allocator refuse more:
 `--slots 2 --budget 24` shows what a 24 GB card has. FLOPs: 4 for each weight of the decoder's layers and token of a
-packed row (forward, and backward to the input alone), 4 for each weight of the head and target, and those of attention.
+packed row (forward, and backward to the input alone; the last MLP runs where a target is predicted), 4 for each weight
+of the head and target, and those of attention.
 `--shape llava_small --device cpu` tries the script itself. DPO beside TRL: scripts/bench/aligners.py.
 """
 
@@ -76,7 +77,8 @@ def main() -> None:
     weights = sum(p.numel() for p in layers.parameters())
     head = mllm.model.get_output_embeddings().weight.numel()
     width = mllm.model.config.get_text_config().hidden_size
-    flops = 4 * weights * R * S + 4 * head * len(plan.labels) + 6 * len(layers) * R * S * S * width
+    idle = sum(p.numel() for p in layers[-1].mlp.parameters()) * (R * S - len(plan.labels))
+    flops = 4 * (weights * R * S - idle) + 4 * head * len(plan.labels) + 6 * len(layers) * R * S * S * width
     peak = matmul_peak(device, dtype, 8192 if device.type == "cuda" else 1024)
     each, rate = seconds / args.slots, flops * args.steps / seconds
     print(described(device.type, torch.get_num_threads()))

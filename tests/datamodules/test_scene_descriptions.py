@@ -72,12 +72,20 @@ def test_a_model_on_this_machine_describes_and_is_asked_once(tmp_path: Path, mon
         "Phrase: fold a kite\n\nTwo hands fold paper.",
         "Phrase: Two hands fold paper.",
         "Two hands fold paper.\nPhrase: something else",
+        "Two hands fold paper.\n\nPhrase: something else\nScene: A dog runs.",
     ],
 )
 def test_the_form_that_a_model_repeats_is_no_part_of_the_scene(tmp_path: Path, said: str) -> None:
     with LoopbackServer(answer=lambda body: said) as server:
         api = Api(base_url=server.base_url, model="m", key_env="", cache_dir=str(tmp_path))
         assert set(describe(Scenes(source="api", api=api)).values()) == {"Two hands fold paper."}
+
+
+def test_the_form_alone_is_no_description(tmp_path: Path) -> None:
+    with LoopbackServer(answer=lambda body: "Phrase: fold a kite\nScene:") as server:
+        api = Api(base_url=server.base_url, model="m", key_env="", cache_dir=str(tmp_path))
+        with pytest.raises(ValueError, match="no description of 6-Fraud/0, 6-Fraud/1"):
+            describe(Scenes(source="api", api=api))
 
 
 def test_a_file_describes(tmp_path: Path) -> None:

@@ -126,6 +126,20 @@ def test_a_prefix_that_needs_no_mask_attends_apart(llava: Case, monkeypatch: pyt
     assert llava.model.config.get_text_config()._attn_implementation == "sdpa"  # as it was
 
 
+def test_a_mask_of_a_layers_own_is_kept(llava: Case) -> None:
+    """Only the mask of whole rows may be taken apart: another one says something else of the first tokens, too."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 12, 8, generator=generator)
+    rows = torch.full((12, 12), torch.finfo(torch.float32).min).triu(1)[None, None].repeat(2, 1, 1, 1)
+    own = rows + torch.randn(rows.shape, generator=generator)
+    module, config = torch.nn.Identity(), llava.model.config.get_text_config()
+    for mask in (rows, own):
+        expected, _ = mllm.causal_prefix.attention(module, q, k, v, mask)
+        with mllm.causal_prefix.causal_prefix(config, 8, rows):
+            got, _ = mllm.causal_prefix.attention(module, q, k, v, mask)
+        torch.testing.assert_close(got, expected)
+
+
 # ------------------------------------------------------------------------------------------------ every family
 def test_packed_equals_plain_equals_every_sequence_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, items, Es = BranchForward(case.model, case.anchor), case.items(), case.embeddings(3)
