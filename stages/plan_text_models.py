@@ -28,8 +28,8 @@ Step = Callable[[Any], None]
 
 
 def text_model_needs(cfg: Config, world: int) -> Iterator[tuple[int, int, Callable[[int], Need]]]:
-    """(present size of a batch, the smallest possible, what a batch of another size takes) of each such stage in the run.
-    Under FSDP2 as under DDP: whole weights on each rank.
+    """(present size of a batch, the smallest possible, what a batch of another size takes) of each such stage. Under
+    FSDP2 as under DDP: whole weights on each rank.
 
     Raises:
         ValueError: the data, the backbone's config.json or its tokenizer are not at hand.

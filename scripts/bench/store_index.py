@@ -3,8 +3,8 @@
     python scripts/bench/store_index.py [--rows 1000000] [--folder FOLDER]
 
 Embeddings are tiny (4 x 8 float16 values: what is measured is the index, not the disk); ids, concepts and the rest are
-as long as real ones. Rows are written by `EmbeddingStore.append`, then a fresh process opens the store; the files are in
-the system's cache by then.
+as long as real ones. Rows are written by `EmbeddingStore.append`, then a fresh process opens the store; by then the
+files are in the system's cache.
 """
 
 from __future__ import annotations
