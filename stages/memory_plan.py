@@ -158,8 +158,8 @@ def _align(model: Outline, cfg: Config, place: Place, name: str, records: Sequen
 
 
 def _fitted(place: Place, n: int, need_of: Callable[[int], Need], least: int = 1) -> Row:
-    """Of what does not fit, the largest of n/2, n/4, ... (`least` or more) that does. What is beside the weights grows in
-    proportion at most, so the search begins where that would fit."""
+    """Of what does not fit, the largest of n/2, n/4, ... (`least` or more) that does. What is beside the weights grows
+    in proportion at most, so the search begins where that would fit."""
     need, room = need_of(n), place.there - beside(place)
     if need.peak <= room:
         return Row(need, None)
